@@ -15,7 +15,7 @@ def _keep(mass: Tensor, forced: Tensor, allowed: Tensor, threshold: Tensor | Non
     """Which blocks of each row stay: mass ``[H, qb, kb]``, forced and allowed ``[qb, kb]``, threshold ``[H]`` -> bool."""
     mass = mass.double().masked_fill(~allowed, 0.0)
     rank = mass.masked_fill(forced, float("inf")).masked_fill(~allowed, float("-inf"))
-    order = rank.sort(-1, descending=True, stable=True).indices  # forced first, then by mass, ties to the lower index
+    order = torch.sort(rank, dim=-1, descending=True, stable=True).indices  # forced first, then by mass, ties to the lower index
     place = order.argsort(-1)
     if threshold is None:
         keep = place < torch.clamp(forced.sum(-1, keepdim=True), min=top_k)
