@@ -1,0 +1,40 @@
+"""Select, fetch, attend: the only place where the stages meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import ops
+from .types import KVView, LayerContext, ReadPlan, Selector, dense_index
+
+# a full list is walked as quickly in any block size; this one makes the fewest list entries that still balance two threads
+_DENSE_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, repr=False)
+class Attended:
+    """Result of one attention call.
+
+    Attributes:
+        out: ``[B, H, Nq, Dv]``, laid out as ``[B, Nq, H, Dv]``.
+        lse: float32 ``[B, H, Nq]``, natural log.
+        plan: what was read.
+    """
+
+    out: Tensor
+    lse: Tensor
+    plan: ReadPlan
+
+
+def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector) -> Attended:
+    """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses."""
+    plan = selector.select(q, kv, ctx)
+    blocks = plan.blocks if plan.blocks is not None else dense_index(q, kv, ctx, _DENSE_BLOCK)
+    k, v = kv.fetch(blocks)
+    out, lse = ops.block_sparse_attention(
+        q, k, v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap,
+        ctx.first, ctx.last, ctx.sinks,
+    )  # fmt: skip
+    return Attended(out, lse, plan)

@@ -1,0 +1,180 @@
+"""What the stages hand to each other: block lists, read plans, the layer's context, and the view of a cache.
+
+A mask is never stored here: a query at position t sees keys 0..t. Blocks of 2 x 2 tokens, x marks what is read::
+
+    keys      0 1 | 2 3        BlockIndex.counts  = [1, 2]
+    query 0   x . | . .        BlockIndex.indices = [[0, -1], [0, 1]]
+          1   x x | . .
+          2   x x | x .        the diagonal block is listed; the future inside it is cut by position
+          3   x x | x x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import require
+from .ops.spans import reach, spans
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Everything about one attention call that is not a tensor of tokens.
+
+    Attributes:
+        layer: index of the layer in the model.
+        scale: softmax scale.
+        q_start: position of query 0 among the keys, tokens.
+        causal: whether a query sees only keys at or before its position.
+        first: int32 ``[B]`` first real key of each row (left padding); None means 0.
+        last: int32 ``[B]`` one past the last real key of each row (right padding, StaticCache tail); None means all.
+        window: sliding window of the layer in tokens, own token included; 0 for none.
+        softcap: bound on the logits; 0 for none.
+        sinks: learned sink logits ``[H]``; None for none.
+    """
+
+    layer: int
+    scale: float
+    q_start: int
+    causal: bool = True
+    first: Tensor | None = None
+    last: Tensor | None = None
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class BlockIndex:
+    """Which key blocks each query block reads, per batch row and list of heads.
+
+    Attributes:
+        counts: int32 ``[B, Hp, Qb]`` key blocks read by each query block; Hp divides the number of query heads.
+        indices: int32 ``[B, Hp, Qb, S]`` key block numbers, ascending; slots past ``counts`` hold -1.
+        block: ``(block_q, block_k)`` tokens; the last block of each axis may be partial.
+        n_q, n_k: tokens covered, padding included.
+        q_start, causal, window, first, last: as in LayerContext; they say which blocks could be reached at all.
+
+    Example:
+        >>> index = BlockIndex.dense(batch=1, heads=1, n_q=256, n_k=256, block=(64, 64))
+        >>> index.counts.tolist()
+        [[[1, 2, 3, 4]]]
+        >>> index
+        BlockIndex(B=1, H=1, blocks=4x4, block=(64, 64), density=1.000)
+    """
+
+    counts: Tensor
+    indices: Tensor
+    block: tuple[int, int]
+    n_q: int
+    n_k: int
+    q_start: int = 0
+    causal: bool = True
+    window: int = 0
+    first: Tensor | None = None
+    last: Tensor | None = None
+
+    @classmethod
+    def dense(cls, batch: int, heads: int, n_q: int, n_k: int, block: tuple[int, int], q_start: int = 0, causal: bool = True,
+              window: int = 0, first: Tensor | None = None, last: Tensor | None = None, device=None) -> BlockIndex:
+        """Every reachable block."""
+        empty = torch.zeros(batch, heads, -(-n_q // block[0]), 0, dtype=torch.int32, device=device)
+        index = cls(empty.sum(-1, dtype=torch.int32), empty, block, n_q, n_k, q_start, causal, window, first, last)
+        return index.where(index.reachable().expand(-1, heads, -1, -1))
+
+    def where(self, keep: Tensor) -> BlockIndex:
+        """The same geometry, reading exactly the blocks where ``keep`` (bool ``[B, Hp, Qb, Kb]``) holds."""
+        column = torch.arange(keep.shape[3], device=keep.device)
+        order = torch.where(keep, column, keep.shape[3]).sort(-1).values
+        indices = order.masked_fill(order == keep.shape[3], -1).int()
+        return replace(self, counts=keep.sum(-1, dtype=torch.int32), indices=indices)
+
+    def to_mask(self) -> Tensor:
+        """bool ``[B, Hp, Qb, Kb]``: is the block listed?"""
+        slot = torch.arange(self.indices.shape[3], device=self.indices.device)
+        kb = -(-self.n_k // self.block[1])
+        listed = self.indices.masked_fill(slot >= self.counts[..., None], -1).long()
+        mask = torch.zeros(*self.counts.shape, kb + 1, dtype=torch.bool, device=self.counts.device)
+        return mask.scatter_(-1, listed.masked_fill(listed < 0, kb), True)[..., :kb]
+
+    def reachable(self) -> Tensor:
+        """bool ``[B, 1, Qb, Kb]``: could causality, window and padding let any query of the block see any key?"""
+        kb = -(-self.n_k // self.block[1])
+        found = torch.zeros(*self.counts.shape[::2], kb, dtype=torch.bool)
+        column = torch.arange(kb)
+        for b, span in enumerate(self._spans()):
+            low, _, high = reach(span, *self.block, self.causal, self.window)
+            found[b, : len(low)] = (column >= low[:, None]) & (column <= high[:, None])
+        return found[:, None].to(self.counts.device)
+
+    def n_reachable(self) -> int:
+        """Blocks that one head could read, summed over the batch."""
+        edges = [reach(span, *self.block, self.causal, self.window) for span in self._spans() if span.n_k]
+        return sum(int((high - low + 1).sum()) for low, _, high in edges)
+
+    def head_density(self) -> Tensor:
+        """float64 ``[Hp]`` on the lists' device: blocks read over blocks causally reachable, per list; NaN if none are."""
+        return self.counts.sum((0, 2), dtype=torch.float64) / self.n_reachable()
+
+    def density(self) -> float:
+        """Blocks read over blocks causally reachable; copies one number to the host."""
+        return float(self.head_density().mean())
+
+    def _spans(self):
+        return spans(self.counts.shape[0], self.n_q, self.n_k, self.q_start, self.causal, self.first, self.last)
+
+    def __repr__(self) -> str:
+        batch, heads, qb = self.counts.shape
+        kb = -(-self.n_k // self.block[1])
+        return f"BlockIndex(B={batch}, H={heads}, blocks={qb}x{kb}, block={self.block}, density={self.density():.3f})"
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """What one attention call reads. ``blocks`` None means everything: the dense path."""
+
+    blocks: BlockIndex | None = None
+
+
+@runtime_checkable
+class KVView(Protocol):
+    """What a cache shows to attention."""
+
+    n_tokens: int
+
+    def fetch(self, blocks: BlockIndex | None = None) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, Hkv, Nk, D]`` and values ``[B, Hkv, Nk, Dv]``; those of the listed blocks are valid, or all for None."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResidentKV:
+    """Keys and values that are simply there."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        return self.k.shape[2]
+
+    def fetch(self, blocks: BlockIndex | None = None) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Decides which blocks a query reads; a frozen dataclass with validated fields."""
+
+    def select(self, q: Tensor, kv: KVView, ctx: LayerContext) -> ReadPlan: ...
+
+
+def dense_index(q: Tensor, kv: KVView, ctx: LayerContext, block: tuple[int, int]) -> BlockIndex:
+    """Everything the context lets ``q`` reach, one list per batch row shared by all heads."""
+    require(q.dim() == 4, f"q needs 4 dimensions [B, H, Nq, D], got {q.dim()}")
+    return BlockIndex.dense(q.shape[0], 1, q.shape[2], kv.n_tokens, block, ctx.q_start, ctx.causal, ctx.window, ctx.first,
+                            ctx.last, q.device)
