@@ -24,7 +24,7 @@ class Span:
     keys: slice
     n_q: int
     n_k: int
-    q_start: int  # position of the first real query, counted from the first real key
+    q_start: int  # position of the first real query, counted from the first real key; 0 without causality
 
 
 def spans(batch: int, n_q: int, n_k: int, q_start: int, causal: bool, first: Tensor | None, last: Tensor | None) -> list[Span]:
@@ -36,7 +36,7 @@ def spans(batch: int, n_q: int, n_k: int, q_start: int, causal: bool, first: Ten
         f, e = max(f, 0), min(e, n_k)
         r0, r1 = (min(max(f - q_start, 0), n_q), min(max(e - q_start, 0), n_q)) if causal else (0, n_q)
         r1, e = max(r0, r1), max(f, e)
-        found.append(Span(slice(r0, r1), slice(f, e), r1 - r0, e - f, q_start + r0 - f))
+        found.append(Span(slice(r0, r1), slice(f, e), r1 - r0, e - f, q_start + r0 - f if causal else 0))
     return found
 
 
