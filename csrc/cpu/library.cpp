@@ -1,0 +1,122 @@
+// Tensors -> structs -> kernel, and the table of op names. The only file that includes torch.
+// It uses torch's stable ABI: it compiles in seconds, and one build serves every torch from 2.11 on.
+// Python has checked shapes and dtypes (sparse_attn/ops/<op>.py) and allocated the outputs before anything arrives here.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "features.h"
+
+namespace SA_NAMESPACE {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// torch drops arguments whose name it does not know; the schemas below spell the reference's signature after the outputs
+const Parallel kParallel{[](void (*worker)(void*), void* state) {
+  // one range per thread; a nested call runs inline, and its one worker then takes every task
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                              [&](int64_t, int64_t) { worker(state); });
+}};
+
+View view(const Tensor& t) {
+  View v{};
+  SA_CHECK(t.dim() == 4, "needs a 4-D tensor, got ", t.dim(), " dimensions");
+  v.data = t.data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: v.dtype = DType::bf16; break;
+    case ScalarType::Half: v.dtype = DType::fp16; break;
+    case ScalarType::Float: v.dtype = DType::fp32; break;
+    default: fail("needs bfloat16, float16 or float32, got another dtype");
+  }
+  for (int i = 0; i < 4; ++i) v.size[i] = t.size(i), v.stride[i] = t.stride(i);
+  return v;
+}
+
+// a contiguous tensor of the dtype; the copy, where one was needed, lives as long as this object
+class Flat {
+ public:
+  Flat(const OptionalTensor& t, ScalarType dtype) {
+    if (t) held_ = torch::stable::contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
+  }
+  template <class T>
+  const T* data() const {
+    return held_ ? static_cast<const T*>(held_->data_ptr()) : nullptr;
+  }
+
+ private:
+  OptionalTensor held_;
+};
+
+// an output: contiguous and of the dtype, or refused before anything is written
+template <class T>
+T* output(const Tensor& t, ScalarType dtype, const char* name) {
+  SA_CHECK(t.scalar_type() == dtype, "out: ", name, " has the wrong dtype; allocate it like the op does");
+  SA_CHECK(t.is_contiguous(), "out: ", name, " must be contiguous");
+  return static_cast<T*>(t.data_ptr());
+}
+
+void expect_size(const Tensor& t, std::initializer_list<int64_t> size, const char* name) {
+  SA_CHECK(t.dim() == static_cast<int64_t>(size.size()), "out: ", name, " needs ", size.size(), " dimensions, got ", t.dim());
+  int64_t i = 0;
+  for (int64_t want : size) {
+    SA_CHECK(t.size(i) == want, "out: ", name, " has size ", t.size(i), " at dimension ", i, ", needs ", want);
+    ++i;
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+[[maybe_unused]] void run_antidiagonal_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
+                                             double scale, int64_t q_start, bool causal, int64_t window, bool alternate,
+                                             OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q.size(0), q.size(1), ceil_div(q.size(2), block_q), ceil_div(k.size(2), block_k)}, "score");
+  antidiagonal_score({view(q), view(k), block_q, block_k, stride, scale, q_start, causal, window, alternate,
+                      {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "score")},
+                     kParallel);
+}
+
+[[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold, int64_t top_k,
+                                        int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal,
+                                        int64_t window, int64_t sink, int64_t recent, OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
+  expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
+  expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
+  select_blocks({view(score), thresholds.data<double>(), top_k, block_q, block_k, n_q, n_k, q_start, causal, window, sink, recent,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<int32_t>(counts, ScalarType::Int, "counts"),
+                 output<int32_t>(indices, ScalarType::Int, "indices")},
+                kParallel);
+}
+
+[[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
+                                                 Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
+                                                 bool causal, int64_t window, double softcap, OptionalTensor first,
+                                                 OptionalTensor last, OptionalTensor sinks) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
+  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int);
+  expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(3)}, "out");
+  expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
+  SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
+  block_sparse_attention({view(q), view(k), view(v), count.data<int32_t>(), index.data<int32_t>(), counts.size(1), counts.size(2),
+                          indices.size(3), block_q, block_k, scale, q_start, causal, window, softcap,
+                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), view(out),
+                          output<float>(lse, ScalarType::Float, "lse")},
+                         kParallel);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
+  m.def("missing(str isa) -> str");
+  m.impl("missing", TORCH_BOX(&missing_feature));
+}
+
+}  // namespace SA_NAMESPACE

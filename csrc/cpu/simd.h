@@ -1,0 +1,274 @@
+// Lanes of floats through GCC vector extensions: one source lowers to AVX-512, AVX2 or SSE by the flags of the library.
+// kLanes is 16 everywhere; where registers are narrower the compiler splits the vector.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../ops.h"
+
+#define SA_INLINE inline __attribute__((always_inline))
+
+namespace SA_NAMESPACE {
+
+constexpr int kLanes = 16;
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+
+SA_INLINE F32x16 splat(float x) { return F32x16{} + x; }
+SA_INLINE I32x16 splat(int32_t x) { return I32x16{} + x; }
+SA_INLINE I32x16 lane_numbers() { return I32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+SA_INLINE F32x16 load(const float* p) {
+  F32x16 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+SA_INLINE void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
+
+// n <= 16 values, zeros behind them; never touches memory past p + n
+SA_INLINE F32x16 load_first(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (F32x16)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+  F32x16 x{};
+  std::memcpy(&x, p, n * sizeof(float));
+  return x;
+#endif
+}
+SA_INLINE void store_first(float* p, F32x16 x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
+
+SA_INLINE F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
+SA_INLINE F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
+SA_INLINE bool any(I32x16 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  typedef int64_t I64x8 __attribute__((vector_size(64)));
+  const I64x8 m = (I64x8)mask;
+  return (m[0] | m[1] | m[2] | m[3] | m[4] | m[5] | m[6] | m[7]) != 0;
+#endif
+}
+SA_INLINE float sum(F32x16 x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// -- half precision: the scalar forms are the definition, the vector forms their twins -----------------------------------------
+
+inline float float_from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t bits_from_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float bf16_to_float(uint16_t h) { return float_from_bits(uint32_t(h) << 16); }
+
+// round to nearest even; a NaN stays a NaN
+inline uint16_t float_to_bf16(float x) {
+  const uint32_t bits = bits_from_float(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
+  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline float fp16_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  // shifted into place the exponent is 112 too small; a product repairs it, subnormals included
+  return float_from_bits(sign | bits_from_float(float_from_bits(rest << 13) * 0x1p112f));
+}
+
+inline uint16_t float_to_fp16(float x) {
+  const uint32_t bits = bits_from_float(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (rest < 0x38800000u) {                                  // subnormal: let the adder round at the right bit
+    const uint32_t rounded = bits_from_float(float_from_bits(rest) + 0.5f);
+    return uint16_t(sign | (rounded - 0x3f000000u));
+  }
+  return uint16_t(sign | ((rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13));
+}
+
+SA_INLINE F32x16 widen_bf16(U16x16 h) { return (F32x16)(__builtin_convertvector(h, U32x16) << 16); }
+
+SA_INLINE U16x16 narrow_bf16(F32x16 x) {
+  const U32x16 bits = (U32x16)x;
+  const U32x16 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const U32x16 quiet = bits >> 16 | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, U16x16);
+}
+
+SA_INLINE F32x16 widen_fp16(U16x16 h) {
+#if defined(__AVX512F__)
+  return (F32x16)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  F32x16 x;
+  __m128i halves[2];
+  std::memcpy(halves, &h, sizeof halves);
+  const __m256 low = _mm256_cvtph_ps(halves[0]), high = _mm256_cvtph_ps(halves[1]);
+  std::memcpy(&x, &low, sizeof low);
+  std::memcpy(reinterpret_cast<char*>(&x) + 32, &high, sizeof high);
+  return x;
+#else
+  const U32x16 wide = __builtin_convertvector(h, U32x16), rest = wide & 0x7fffu;
+  const U32x16 finite = (U32x16)((F32x16)(rest << 13) * 0x1p112f), special = 0x7f800000u | (rest & 0x3ffu) << 13;
+  return (F32x16)((wide & 0x8000u) << 16 | (rest >= 0x7c00u ? special : finite));
+#endif
+}
+
+SA_INLINE U16x16 narrow_fp16(F32x16 x) {
+#if defined(__AVX512F__)
+  return (U16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  U16x16 h;
+  for (int i = 0; i < kLanes; ++i) h[i] = float_to_fp16(x[i]);
+  return h;
+#endif
+}
+
+// -- elements: how a dtype is read and written -----------------------------------------------------------------------------------
+
+struct Bf16 {
+  using Storage = uint16_t;
+  static float get(uint16_t h) { return bf16_to_float(h); }
+  static uint16_t put(float x) { return float_to_bf16(x); }
+  static SA_INLINE F32x16 load16(const uint16_t* p) {
+    U16x16 h;
+    std::memcpy(&h, p, sizeof h);
+    return widen_bf16(h);
+  }
+  static SA_INLINE void store16(uint16_t* p, F32x16 x) {
+    const U16x16 h = narrow_bf16(x);
+    std::memcpy(p, &h, sizeof h);
+  }
+};
+
+struct Fp16 {
+  using Storage = uint16_t;
+  static float get(uint16_t h) { return fp16_to_float(h); }
+  static uint16_t put(float x) { return float_to_fp16(x); }
+  static SA_INLINE F32x16 load16(const uint16_t* p) {
+    U16x16 h;
+    std::memcpy(&h, p, sizeof h);
+    return widen_fp16(h);
+  }
+  static SA_INLINE void store16(uint16_t* p, F32x16 x) {
+    const U16x16 h = narrow_fp16(x);
+    std::memcpy(p, &h, sizeof h);
+  }
+};
+
+struct Fp32 {
+  using Storage = float;
+  static float get(float x) { return x; }
+  static float put(float x) { return x; }
+  static SA_INLINE F32x16 load16(const float* p) { return load(p); }
+  static SA_INLINE void store16(float* p, F32x16 x) { store(p, x); }
+};
+
+// f(Element{}) with the element type of a dtype
+template <class F>
+auto with_element(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(Bf16{});
+    case DType::fp16: return f(Fp16{});
+    default: return f(Fp32{});
+  }
+}
+
+// row[0..n) of a tensor, its elements `stride` apart, as floats; writes exactly n floats
+template <class Element>
+SA_INLINE void read_row(const typename Element::Storage* row, int64_t stride, int64_t n, float* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store(to + i, Element::load16(row + i));
+  for (; i < n; ++i) to[i] = Element::get(row[i * stride]);
+}
+
+template <class Element>
+SA_INLINE void write_row(typename Element::Storage* row, int64_t stride, int64_t n, const float* from) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) Element::store16(row + i, load(from + i));
+  for (; i < n; ++i) row[i * stride] = Element::put(from[i]);
+}
+
+// -- exp ---------------------------------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 to float32 accuracy; -inf and anything below -126 give 0, so a hidden key costs no branch
+SA_INLINE F32x16 exp2_nonpositive(F32x16 x) {
+  const F32x16 clipped = max(x, splat(-127.0f));
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
+  const F32x16 shifted = clipped + kRound;
+  const F32x16 r = clipped - (shifted - kRound);  // in [-0.5, 0.5]
+  // Taylor terms of 2^r to degree 7, ln(2)^k / k!; the first one left out is below 5e-9 there
+  F32x16 p = splat(0x1.ffcbfcp-17f);
+  p = p * r + 0x1.430912p-13f;
+  p = p * r + 0x1.5d87fep-10f;
+  p = p * r + 0x1.3b2ab6p-7f;
+  p = p * r + 0x1.c6b08ep-5f;
+  p = p * r + 0x1.ebfbep-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+  const I32x16 power = (I32x16)shifted << 23;
+  const F32x16 scaled = (F32x16)((I32x16)p + power);
+  return (F32x16)((I32x16)scaled & (x > -126.0f));
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+
+// -- scratch memory ----------------------------------------------------------------------------------------------------------------
+
+// Aligned memory that a thread keeps between calls, so that a short call does not pay for page faults.
+// One Scratch per kernel at a time: take() pieces in order, reset() at the start of the worker.
+class Scratch {
+ public:
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+  // room for everything that take() will be asked for
+  void reset(size_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(base_);
+    size_ = 0;
+    bytes = (bytes + 4095) / 4096 * 4096;
+    base_ = static_cast<char*>(std::aligned_alloc(4096, bytes));
+    if (base_ == nullptr) throw std::bad_alloc();
+    size_ = bytes;
+  }
+  template <class T>
+  T* take(size_t count) {
+    char* at = base_ + used_;
+    used_ += bytes_for<T>(count);
+    if (used_ > size_) throw std::bad_alloc();
+    return reinterpret_cast<T*>(at);
+  }
+  // bytes that take<T>(count) uses
+  template <class T>
+  static constexpr size_t bytes_for(size_t count) {
+    return (count * sizeof(T) + 63) / 64 * 64;
+  }
+  ~Scratch() { std::free(base_); }
+
+ private:
+  char* base_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+}  // namespace SA_NAMESPACE

@@ -1,0 +1,95 @@
+// What a kernel sees: plain structs and one signature per op. No torch here; library.cpp fills these in.
+// Field names are the argument names of sparse_attn/ops/<op>.py, where their meaning is written down.
+// setup.py compiles every file once per instruction set with -DSA_NAMESPACE=sparse_attn_cpu_<isa>.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace SA_NAMESPACE {
+
+enum class DType { bf16, fp16, fp32 };
+
+// A 4-D tensor; strides in elements.
+struct View {
+  void* data;
+  DType dtype;
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+// Real keys of each batch row; a null pointer means 0 and n_k.
+struct Padding {
+  const int32_t* first;
+  const int32_t* last;
+};
+
+// Runs worker(state) once on every thread that torch would use; library.cpp implements it with at::parallel_for.
+struct Parallel {
+  void (*run)(void (*worker)(void*), void* state);
+};
+
+// Task numbers 0 .. tasks-1, each handed out once, in order.
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t tasks) : tasks_(tasks) {}
+  bool take(int64_t* task) { return (*task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_; }
+
+ private:
+  const int64_t tasks_;
+  std::atomic<int64_t> next_{0};
+};
+
+// worker(queue) runs on every thread; it sets up its scratch memory once and then takes tasks until there are none.
+template <class Worker>
+void parallel_tasks(const Parallel& parallel, int64_t tasks, const Worker& worker) {
+  struct State {
+    TaskQueue queue;
+    const Worker& worker;
+  } state{TaskQueue(tasks), worker};
+  if (tasks <= 0) return;
+  parallel.run([](void* s) { static_cast<State*>(s)->worker(static_cast<State*>(s)->queue); }, &state);
+}
+
+struct AntidiagonalScore {
+  View q, k;
+  int64_t block_q, block_k, stride;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  bool alternate;
+  Padding padding;
+  float* out;  // [B, H, Qb, Kb], contiguous
+};
+void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
+
+struct SelectBlocks {
+  View score;               // fp32 [B, H, Qb, Kb]
+  const double* threshold;  // [H], or null for top_k
+  int64_t top_k, block_q, block_k, n_q, n_k, q_start;
+  bool causal;
+  int64_t window, sink, recent;
+  Padding padding;
+  int32_t* counts;   // [B, H, Qb], contiguous
+  int32_t* indices;  // [B, H, Qb, Kb], contiguous
+};
+void select_blocks(const SelectBlocks& args, const Parallel& parallel);
+
+struct BlockSparseAttention {
+  View q, k, v;
+  const int32_t* counts;   // [B, lists, q_blocks], contiguous
+  const int32_t* indices;  // [B, lists, q_blocks, slots], contiguous
+  int64_t lists, q_blocks, slots, block_q, block_k;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  double softcap;
+  Padding padding;
+  const float* sinks;  // [H], or null
+  View out;            // [B, H, Nq, Dv], in q's dtype
+  float* lse;          // [B, H, Nq], contiguous
+};
+void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
+
+}  // namespace SA_NAMESPACE

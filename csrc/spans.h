@@ -1,0 +1,28 @@
+// One batch row seen alone: its real queries and keys, exactly as sparse_attn/ops/spans.py defines them.
+#pragma once
+#include <algorithm>
+
+#include "ops.h"
+
+namespace SA_NAMESPACE {
+
+struct Span {
+  int64_t row0, n_q;  // first real query row of the tensor, and how many
+  int64_t key0, n_k;  // first real key of the tensor, and how many
+  int64_t q_start;    // position of the first real query, counted from the first real key
+};
+
+inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, const Padding& padding) {
+  const int64_t first = std::max<int64_t>(padding.first ? padding.first[b] : 0, 0);
+  int64_t end = std::min<int64_t>(padding.last ? padding.last[b] : n_k, n_k);
+  int64_t r0 = 0, r1 = n_q;
+  if (causal) {
+    r0 = std::clamp<int64_t>(first - q_start, 0, n_q);
+    r1 = std::clamp<int64_t>(end - q_start, 0, n_q);
+  }
+  r1 = std::max(r0, r1);
+  end = std::max(first, end);
+  return {r0, r1 - r0, first, end - first, q_start + r0 - first};
+}
+
+}  // namespace SA_NAMESPACE

@@ -1,0 +1,164 @@
+"""Builds one CPU library per instruction set into sparse_attn/_native; torch is located, never imported.
+
+    pip install --no-build-isolation .                     # build isolation would download a second torch
+    SPARSE_ATTN_BUILD=none pip install --no-build-isolation .      # pure Python: reference kernels only
+    SPARSE_ATTN_BUILD=avx512,generic python setup.py build_ext --inplace
+
+SPARSE_ATTN_BUILD is a comma list of instruction sets, or `none`, or `default`; `emulated` adds the AMX kernels on emulated
+tiles, for tests on machines without AMX. CXX names the compiler. Objects whose sources are unchanged are not rebuilt.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+FLAGS = {"generic": []}
+if X86:
+    FLAGS |= {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": AVX512,
+        "amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
+    }
+DEFAULT = tuple(FLAGS)
+if X86:
+    FLAGS["emulated"] = [*AVX512, "-DSA_AMX_EMULATE"]
+NAMES = {"emulated": "amx_emulated"}
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+          "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-restrict"]
+SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+def say(sentence):
+    print(f"sparse_attn: {sentence}", file=sys.stderr, flush=True)
+
+
+def wanted():
+    """Instruction sets asked for by SPARSE_ATTN_BUILD."""
+    names = [n.strip() for n in os.environ.get("SPARSE_ATTN_BUILD", "default").lower().split(",") if n.strip()]
+    if names == ["none"]:
+        return []
+    names = [isa for n in names for isa in (DEFAULT if n == "default" else (n,))]
+    unknown = sorted(set(names) - set(FLAGS))
+    if unknown:
+        sys.exit(f"SPARSE_ATTN_BUILD names {', '.join(unknown)}; use none, default, or a list of {', '.join(FLAGS)}")
+    # the generic library also answers what this CPU can do
+    return list(dict.fromkeys([*names, "generic"]))
+
+
+def compiler():
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name.split()
+    sys.exit("no C++ compiler found (tried $CXX, c++, g++, clang++); install one, or set SPARSE_ATTN_BUILD=none for the "
+             "pure Python package")
+
+
+def torch_root():
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        sys.exit("torch is not importable here, so the kernels cannot be built; install torch>=2.11 first and pass "
+                 "--no-build-isolation to pip, or set SPARSE_ATTN_BUILD=none")
+    return Path(found.origin).parent
+
+
+def accepts(cxx, flags):
+    """Does this compiler know the flags?"""
+    probe = subprocess.run([*cxx, *flags, "-x", "c++", "-fsyntax-only", "-"], input="", text=True, capture_output=True)
+    return probe.returncode == 0
+
+
+def stale(target, depfile, stamp, signature):
+    """Is the object older than anything it was made from, or made by another command?"""
+    if not (target.exists() and depfile.exists() and stamp.exists()) or stamp.read_text() != signature:
+        return True
+    made = target.stat().st_mtime
+    inputs = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return any(not (ROOT / p).exists() or (ROOT / p).stat().st_mtime > made for p in inputs)
+
+
+class BuildLibraries(build_ext):
+    """Compiles plain shared libraries: they hold no Python symbol, so one build serves every Python."""
+
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"
+
+    def run(self):
+        if shutil.which("nvcc"):
+            say("nvcc is here, but this version has no CUDA kernels of its own; building for the CPU only")
+        if self.inplace:
+            (ROOT / "sparse_attn" / "_native").mkdir(exist_ok=True)
+        super().run()
+
+    def build_extensions(self):
+        self.cxx, self.torch = compiler(), torch_root()
+        jobs, links = [], []
+        for ext in list(self.extensions):
+            isa = ext.isa
+            if not accepts(self.cxx, FLAGS[isa]):
+                say(f"{self.cxx[0]} does not know {' '.join(FLAGS[isa])}; skipping the {isa} library (use a newer compiler)")
+                self.extensions.remove(ext)
+                continue
+            objects = [Path(self.build_temp) / isa / f"{source.stem}.o" for source in SOURCES]
+            jobs += [(isa, source, target) for source, target in zip(SOURCES, objects)]
+            links.append((isa, objects, Path(self.get_ext_fullpath(ext.name))))
+        # torch's headers make library.cpp the slowest: first, so that the pool ends level
+        jobs.sort(key=lambda job: job[1].stem != "library")
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 8)))) as pool:
+            list(pool.map(lambda job: self.compile_one(*job), jobs))
+        for link in links:
+            self.link_one(*link)
+
+    def compile_one(self, isa, source, target):
+        command = [*self.cxx, *COMMON, *FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_cpu_{NAMES.get(isa, isa)}", "-c", str(source),
+                   "-o", str(target), "-MMD", "-MF", str(target.with_suffix(".d"))]
+        if source.stem == "library":
+            # 2.11: the oldest torch whose stable ABI has what library.cpp uses
+            command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(self.torch / "include")]
+        signature = hashlib.sha256(" ".join(command).encode()).hexdigest()
+        stamp = target.with_suffix(".cmd")
+        if not self.force and not stale(target, target.with_suffix(".d"), stamp, signature):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.call(command, f"{source} for {isa}")
+        stamp.write_text(signature)
+
+    def link_one(self, isa, objects, library):
+        if not self.force and library.exists() and all(o.stat().st_mtime <= library.stat().st_mtime for o in objects):
+            return
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # symbols stay inside: the same std templates are compiled for another CPU in the library next door
+        hide = Path(self.build_temp) / "hide.map"
+        hide.write_text("{ local: *; };\n")
+        fresh = library.with_suffix(".new")
+        self.call([*self.cxx, "-shared", "-o", str(fresh), *map(str, objects), f"-Wl,--version-script={hide}",
+                   "-L", str(self.torch / "lib"), "-ltorch_cpu"], f"{isa} library")
+        fresh.replace(library)  # a process that has the old one mapped keeps it
+
+    def call(self, command, what):
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+        if done.stderr.strip():
+            print(done.stderr, file=sys.stderr)
+        if done.returncode:
+            sys.exit(f"compiling {what} failed: {' '.join(command)}")
+        say(f"compiled {what}")
+
+
+def library(isa):
+    ext = Extension(f"sparse_attn._native.cpu_{NAMES.get(isa, isa)}", [str(s) for s in SOURCES])
+    ext.isa = isa
+    return ext
+
+
+setup(ext_modules=[library(isa) for isa in wanted()], cmdclass={"build_ext": BuildLibraries})
