@@ -12,24 +12,25 @@ def attention_mask(case: dict, counts: Tensor, indices: Tensor) -> Tensor:
     """bool ``[B, H, Nq, Nk]``, token by token from absolute positions."""
     (batch, heads, n_q, _), n_k = case["q"].shape, case["k"].shape[2]
     bq, bk, q_start = case["block_q"], case["block_k"], case["q_start"]
-    seen = torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
+    lists, key = counts.shape[1], torch.arange(n_k)
+    seen = torch.zeros(batch, lists, n_q, n_k, dtype=torch.bool)
     for b in range(batch):
         low = int(case["first"][b]) if case["first"] is not None else 0
         high = int(case["last"][b]) if case["last"] is not None else n_k
         skipped = max(0, low - q_start) if case["causal"] else 0
-        for h in range(heads):
-            lists = h // (heads // counts.shape[1])
-            for t in range(n_q):
-                at = q_start + t
-                if case["causal"] and not low <= at < high:
-                    continue
-                i = (t - skipped) // bq
-                listed = set(indices[b, lists, i, : counts[b, lists, i]].tolist())
-                for p in range(low, high):
-                    past = not case["causal"] or p <= at
-                    near = not case["window"] or p > at - case["window"]
-                    seen[b, h, t, p] = past and near and (p - low) // bk in listed
-    return seen
+        for t in range(n_q):
+            at = q_start + t
+            if case["causal"] and not low <= at < high:
+                continue
+            visible = (key >= low) & (key < high)
+            if case["causal"]:
+                visible &= key <= at
+            if case["window"]:
+                visible &= key > at - case["window"]
+            i = (t - skipped) // bq
+            for h in range(lists):
+                seen[b, h, t] = visible & torch.isin((key - low) // bk, indices[b, h, i, : counts[b, h, i]])
+    return seen.repeat_interleave(heads // lists, dim=1)
 
 
 def attention(case: dict, seen: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
