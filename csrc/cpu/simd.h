@@ -1,5 +1,5 @@
 // Lanes of floats through GCC vector extensions: one source lowers to AVX-512, AVX2 or SSE by the flags of the library.
-// kLanes is 16 everywhere; where registers are narrower the compiler splits the vector.
+// kLanes is what one register holds (16, 8 or 4): GCC 12 keeps wider vectors in memory, not in several registers.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,47 +16,59 @@
 
 namespace SA_NAMESPACE {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
-SA_INLINE F32x16 splat(float x) { return F32x16{} + x; }
-SA_INLINE I32x16 splat(int32_t x) { return I32x16{} + x; }
-SA_INLINE I32x16 lane_numbers() { return I32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+SA_INLINE F32 splat(float x) { return F32{} + x; }
+SA_INLINE I32 splat(int32_t x) { return I32{} + x; }
+SA_INLINE I32 lane_numbers() {
+  I32 x{};
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
 
-SA_INLINE F32x16 load(const float* p) {
-  F32x16 x;
+SA_INLINE F32 load(const float* p) {
+  F32 x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-SA_INLINE void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
+SA_INLINE void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
 
-// n <= 16 values, zeros behind them; never touches memory past p + n
-SA_INLINE F32x16 load_first(const float* p, int n) {
+// n <= kLanes values, zeros behind them; never touches memory past p + n
+SA_INLINE F32 load_first(const float* p, int n) {
 #if defined(__AVX512F__)
-  return (F32x16)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  return (F32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #else
-  F32x16 x{};
+  F32 x{};
   std::memcpy(&x, p, n * sizeof(float));
   return x;
 #endif
 }
-SA_INLINE void store_first(float* p, F32x16 x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
+SA_INLINE void store_first(float* p, F32 x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
 
-SA_INLINE F32x16 max(F32x16 a, F32x16 b) { return a > b ? a : b; }
-SA_INLINE F32x16 min(F32x16 a, F32x16 b) { return a < b ? a : b; }
-SA_INLINE bool any(I32x16 mask) {
+SA_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+SA_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+SA_INLINE bool any(I32 mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #else
-  typedef int64_t I64x8 __attribute__((vector_size(64)));
-  const I64x8 m = (I64x8)mask;
-  return (m[0] | m[1] | m[2] | m[3] | m[4] | m[5] | m[6] | m[7]) != 0;
+  typedef int64_t I64 __attribute__((vector_size(4 * kLanes)));
+  const I64 m = (I64)mask;
+  int64_t all = m[0];
+  for (int i = 1; i < kLanes / 2; ++i) all |= m[i];
+  return all != 0;
 #endif
 }
-SA_INLINE float sum(F32x16 x) {
+SA_INLINE float sum(F32 x) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
@@ -102,38 +114,34 @@ inline uint16_t float_to_fp16(float x) {
   return uint16_t(sign | ((rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13));
 }
 
-SA_INLINE F32x16 widen_bf16(U16x16 h) { return (F32x16)(__builtin_convertvector(h, U32x16) << 16); }
+SA_INLINE F32 widen_bf16(U16 h) { return (F32)(__builtin_convertvector(h, U32) << 16); }
 
-SA_INLINE U16x16 narrow_bf16(F32x16 x) {
-  const U32x16 bits = (U32x16)x;
-  const U32x16 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const U32x16 quiet = bits >> 16 | 0x40u;
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, U16x16);
+SA_INLINE U16 narrow_bf16(F32 x) {
+  const U32 bits = (U32)x;
+  const U32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const U32 quiet = bits >> 16 | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, U16);
 }
 
-SA_INLINE F32x16 widen_fp16(U16x16 h) {
+SA_INLINE F32 widen_fp16(U16 h) {
 #if defined(__AVX512F__)
-  return (F32x16)_mm512_cvtph_ps((__m256i)h);
+  return (F32)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
-  F32x16 x;
-  __m128i halves[2];
-  std::memcpy(halves, &h, sizeof halves);
-  const __m256 low = _mm256_cvtph_ps(halves[0]), high = _mm256_cvtph_ps(halves[1]);
-  std::memcpy(&x, &low, sizeof low);
-  std::memcpy(reinterpret_cast<char*>(&x) + 32, &high, sizeof high);
-  return x;
+  return (F32)_mm256_cvtph_ps((__m128i)h);
 #else
-  const U32x16 wide = __builtin_convertvector(h, U32x16), rest = wide & 0x7fffu;
-  const U32x16 finite = (U32x16)((F32x16)(rest << 13) * 0x1p112f), special = 0x7f800000u | (rest & 0x3ffu) << 13;
-  return (F32x16)((wide & 0x8000u) << 16 | (rest >= 0x7c00u ? special : finite));
+  const U32 wide = __builtin_convertvector(h, U32), rest = wide & 0x7fffu;
+  const U32 finite = (U32)((F32)(rest << 13) * 0x1p112f), special = 0x7f800000u | (rest & 0x3ffu) << 13;
+  return (F32)((wide & 0x8000u) << 16 | (rest >= 0x7c00u ? special : finite));
 #endif
 }
 
-SA_INLINE U16x16 narrow_fp16(F32x16 x) {
+SA_INLINE U16 narrow_fp16(F32 x) {
 #if defined(__AVX512F__)
-  return (U16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (U16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (U16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  U16x16 h;
+  U16 h;
   for (int i = 0; i < kLanes; ++i) h[i] = float_to_fp16(x[i]);
   return h;
 #endif
@@ -145,13 +153,13 @@ struct Bf16 {
   using Storage = uint16_t;
   static float get(uint16_t h) { return bf16_to_float(h); }
   static uint16_t put(float x) { return float_to_bf16(x); }
-  static SA_INLINE F32x16 load16(const uint16_t* p) {
-    U16x16 h;
+  static SA_INLINE F32 load(const uint16_t* p) {
+    U16 h;
     std::memcpy(&h, p, sizeof h);
     return widen_bf16(h);
   }
-  static SA_INLINE void store16(uint16_t* p, F32x16 x) {
-    const U16x16 h = narrow_bf16(x);
+  static SA_INLINE void store(uint16_t* p, F32 x) {
+    const U16 h = narrow_bf16(x);
     std::memcpy(p, &h, sizeof h);
   }
 };
@@ -160,13 +168,13 @@ struct Fp16 {
   using Storage = uint16_t;
   static float get(uint16_t h) { return fp16_to_float(h); }
   static uint16_t put(float x) { return float_to_fp16(x); }
-  static SA_INLINE F32x16 load16(const uint16_t* p) {
-    U16x16 h;
+  static SA_INLINE F32 load(const uint16_t* p) {
+    U16 h;
     std::memcpy(&h, p, sizeof h);
     return widen_fp16(h);
   }
-  static SA_INLINE void store16(uint16_t* p, F32x16 x) {
-    const U16x16 h = narrow_fp16(x);
+  static SA_INLINE void store(uint16_t* p, F32 x) {
+    const U16 h = narrow_fp16(x);
     std::memcpy(p, &h, sizeof h);
   }
 };
@@ -175,8 +183,8 @@ struct Fp32 {
   using Storage = float;
   static float get(float x) { return x; }
   static float put(float x) { return x; }
-  static SA_INLINE F32x16 load16(const float* p) { return load(p); }
-  static SA_INLINE void store16(float* p, F32x16 x) { store(p, x); }
+  static SA_INLINE F32 load(const float* p) { return load(p); }
+  static SA_INLINE void store(float* p, F32 x) { store(p, x); }
 };
 
 // f(Element{}) with the element type of a dtype
@@ -194,7 +202,7 @@ template <class Element>
 SA_INLINE void read_row(const typename Element::Storage* row, int64_t stride, int64_t n, float* to) {
   int64_t i = 0;
   if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store(to + i, Element::load16(row + i));
+    for (; i + kLanes <= n; i += kLanes) store(to + i, Element::load(row + i));
   for (; i < n; ++i) to[i] = Element::get(row[i * stride]);
 }
 
@@ -202,20 +210,20 @@ template <class Element>
 SA_INLINE void write_row(typename Element::Storage* row, int64_t stride, int64_t n, const float* from) {
   int64_t i = 0;
   if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) Element::store16(row + i, load(from + i));
+    for (; i + kLanes <= n; i += kLanes) Element::store(row + i, load(from + i));
   for (; i < n; ++i) row[i * stride] = Element::put(from[i]);
 }
 
 // -- exp ---------------------------------------------------------------------------------------------------------------------------
 
 // 2^x for x <= 0 to float32 accuracy; -inf and anything below -126 give 0, so a hidden key costs no branch
-SA_INLINE F32x16 exp2_nonpositive(F32x16 x) {
-  const F32x16 clipped = max(x, splat(-127.0f));
+SA_INLINE F32 exp2_nonpositive(F32 x) {
+  const F32 clipped = max(x, splat(-127.0f));
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
-  const F32x16 shifted = clipped + kRound;
-  const F32x16 r = clipped - (shifted - kRound);  // in [-0.5, 0.5]
+  const F32 shifted = clipped + kRound;
+  const F32 r = clipped - (shifted - kRound);  // in [-0.5, 0.5]
   // Taylor terms of 2^r to degree 7, ln(2)^k / k!; the first one left out is below 5e-9 there
-  F32x16 p = splat(0x1.ffcbfcp-17f);
+  F32 p = splat(0x1.ffcbfcp-17f);
   p = p * r + 0x1.430912p-13f;
   p = p * r + 0x1.5d87fep-10f;
   p = p * r + 0x1.3b2ab6p-7f;
@@ -223,9 +231,9 @@ SA_INLINE F32x16 exp2_nonpositive(F32x16 x) {
   p = p * r + 0x1.ebfbep-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
-  const I32x16 power = (I32x16)shifted << 23;
-  const F32x16 scaled = (F32x16)((I32x16)p + power);
-  return (F32x16)((I32x16)scaled & (x > -126.0f));
+  const I32 power = (I32)shifted << 23;
+  const F32 scaled = (F32)((I32)p + power);
+  return (F32)((I32)scaled & (x > -126.0f));
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
