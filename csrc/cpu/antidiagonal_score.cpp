@@ -17,12 +17,17 @@
 namespace SA_NAMESPACE {
 namespace {
 
-constexpr int kVecs = kRegisters >= 32 ? 4 : 2;
-constexpr int kLanes = kVecs * kWidth;  // query groups in a panel
-constexpr int kRows = 6;                // key groups per register tile: kRows x kVecs accumulators
-constexpr int kTile = 48;               // key groups per pass over a panel
-constexpr int kDepth = 64;              // of the stride * D products, how many at a time: panel and keys stay in L1
-constexpr int kHeads = 2;               // heads of a KV head that share converted keys
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kColumns = 4;  // of 32 registers, 24 accumulate
+#else
+constexpr int kColumns = 2;  // of 16 registers, 12 accumulate
+#endif
+constexpr int kRows = 6;    // key groups per register tile: kRows x kColumns accumulators
+constexpr int kPanel = 64;  // query groups in a panel
+constexpr int kSquare = 16;  // queries are transposed in squares
+constexpr int kTile = 48;   // key groups per pass over a panel
+constexpr int kDepth = 64;  // of the stride * D products, how many at a time: panel and keys stay in L1
+constexpr int kHeads = 2;   // heads of a KV head that share converted keys
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,21 +45,39 @@ struct Panel {
   int lanes;              // groups in use
   int64_t low, high;      // key groups that any lane sees: low <= w < high
   int64_t all_low, all_high;  // key groups that every lane in use sees
-  alignas(64) int32_t lane_low[kLanes], lane_high[kLanes];
-  alignas(64) float factor[kLanes], last_factor[kLanes];  // scale / real pairs, for a whole and for the last key group
+  int32_t lane_low[kPanel], lane_high[kPanel];
+  float factor[kPanel], last_factor[kPanel];  // of logits in base 2, for a whole and for the last key group
 };
 
+typedef float F32x4 __attribute__((vector_size(16)));
+
+// to[j][i] = from[i][j], rows kSquare apart
+SA_INLINE void load4(const float* from, F32x4* to) {
+  F32x4 a, b, c, d;
+  std::memcpy(&a, from, 16), std::memcpy(&b, from + kSquare, 16);
+  std::memcpy(&c, from + 2 * kSquare, 16), std::memcpy(&d, from + 3 * kSquare, 16);
+  const F32x4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const F32x4 ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  to[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), to[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  to[2] = __builtin_shufflevector(ef, gh, 0, 1, 4, 5), to[3] = __builtin_shufflevector(ef, gh, 2, 3, 6, 7);
+}
+SA_INLINE void store4(float* to, const F32x4* from) {
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * kSquare, from + i, 16);
+}
+
+template <class Element>
 class Worker {
  public:
-  Worker(const AntidiagonalScore& args)
-      : a_(args),
-        depth_(args.stride * args.q.size[3]),
-        k_blocks_(ceil_div(args.k.size[2], args.block_k)),
-        panel_q_(kHeads * depth_ * kLanes),
-        keys_(kTile * kDepth),
-        logits_(kHeads * kTile * kLanes),
-        mass_(kHeads * k_blocks_ * kLanes),
-        peak_(kHeads * k_blocks_ * kLanes) {}
+  explicit Worker(const AntidiagonalScore& args)
+      : a_(args), depth_(args.stride * args.q.size[3]), k_blocks_(ceil_div(args.k.size[2], args.block_k)) {
+    const size_t queries = kHeads * depth_ * kPanel, keys = kTile * kDepth, logits = kHeads * kTile * kPanel;
+    const size_t blocks = kHeads * k_blocks_ * kPanel;
+    Scratch& scratch = Scratch::mine();
+    const auto bytes = Scratch::bytes_for<float>;
+    scratch.reset(bytes(queries) + bytes(keys) + bytes(logits) + 2 * bytes(blocks));
+    queries_ = scratch.take<float>(queries), keys_ = scratch.take<float>(keys), logits_ = scratch.take<float>(logits);
+    mass_ = scratch.take<float>(blocks), peak_ = scratch.take<float>(blocks);
+  }
 
   // scores of query blocks [block0, block1) of `heads` heads; their key groups are those of one KV head
   void score(const Row& row, int64_t head0, int heads, int64_t block0, int64_t block1) {
@@ -67,9 +90,9 @@ class Worker {
     if (row.span.n_k == 0) return;
     const int64_t per_block = a_.block_q / a_.stride;
     const int64_t end = std::min(block1 * per_block, row.groups_q);
-    for (int64_t group = block0 * per_block; group < end; group += kLanes) {
-      describe(row, group, static_cast<int>(std::min<int64_t>(kLanes, end - group)));
-      for (int h = 0; h < heads; ++h) pack_queries(row, head0 + h, panel_q_.data() + h * depth_ * kLanes);
+    for (int64_t group = block0 * per_block; group < end; group += kPanel) {
+      describe(row, group, static_cast<int>(std::min<int64_t>(kPanel, end - group)));
+      for (int h = 0; h < heads; ++h) pack_queries(row, head0 + h, queries_ + h * depth_ * kPanel);
       scan(row, head0, heads);
       for (int h = 0; h < heads; ++h) collect(h, block0, out[h]);
     }
@@ -88,7 +111,7 @@ class Worker {
     const int64_t stride = a_.stride, last_real = s.n_k - (row.groups_k - 1) * stride;
     panel_.group0 = group0, panel_.lanes = lanes;
     panel_.low = row.groups_k, panel_.high = 0, panel_.all_low = 0, panel_.all_high = row.groups_k;
-    for (int l = 0; l < kLanes; ++l) {
+    for (int l = 0; l < kPanel; ++l) {
       const int64_t group = group0 + l;
       int64_t low = 0, high = 0, pairs = 0, last_pairs = 0;
       if (l < lanes) {
@@ -106,71 +129,77 @@ class Worker {
         if (low < high) panel_.low = std::min(panel_.low, low), panel_.high = std::max(panel_.high, high);
       }
       panel_.lane_low[l] = static_cast<int32_t>(low), panel_.lane_high[l] = static_cast<int32_t>(high);
-      panel_.factor[l] = static_cast<float>(a_.scale / static_cast<double>(std::max<int64_t>(pairs, 1)));
-      panel_.last_factor[l] = static_cast<float>(a_.scale / static_cast<double>(std::max<int64_t>(last_pairs, 1)));
+      panel_.factor[l] = static_cast<float>(a_.scale * kLog2E / static_cast<double>(std::max<int64_t>(pairs, 1)));
+      panel_.last_factor[l] = static_cast<float>(a_.scale * kLog2E / static_cast<double>(std::max<int64_t>(last_pairs, 1)));
     }
-    if (lanes < kLanes) panel_.all_high = 0;
   }
 
-  // to[(r * D + d) * kLanes + lane]; padding is 0
+  // to[(r * D + d) * kPanel + lane]; padding is 0
   void pack_queries(const Row& row, int64_t head, float* to) {
     const View& q = a_.q;
     const int64_t dim = q.size[3];
-    for (int l0 = 0; l0 < kLanes; l0 += kWidth) {
+    alignas(64) float square[kSquare * kSquare];
+    for (int l0 = 0; l0 < kPanel; l0 += kSquare) {
       for (int64_t r = 0; r < a_.stride; ++r) {
-        int64_t token[kWidth];
-        for (int l = 0; l < kWidth; ++l) {
+        int64_t token[kSquare];
+        for (int l = 0; l < kSquare; ++l) {
           const int64_t group = panel_.group0 + l0 + l;
           token[l] = group * a_.stride + partner(group, r);
           if (l0 + l >= panel_.lanes || token[l] >= row.span.n_q) token[l] = -1;
         }
-        for (int64_t d = 0; d < dim; d += kWidth) {
-          const int n = static_cast<int>(std::min<int64_t>(kWidth, dim - d));
-          alignas(64) float square[kWidth * kWidth];
-          for (int l = 0; l < kWidth; ++l) {
-            float* line = square + l * kWidth;
-            if (token[l] < 0) std::fill(line, line + kWidth, 0.f);
-            else load_floats(q, offset(q, row.b, head, row.span.row0 + token[l]) + d * q.stride[3], n, line);
+        for (int64_t d = 0; d < dim; d += kSquare) {
+          const int n = static_cast<int>(std::min<int64_t>(kSquare, dim - d));
+          for (int l = 0; l < kSquare; ++l) {
+            float* line = square + l * kSquare;
+            if (token[l] < 0) std::fill(line, line + kSquare, 0.f);
+            else read_row<Element>(at(q, row.b, head, row.span.row0 + token[l], d), q.stride[3], n, line);
           }
           transpose(square);
-          for (int i = 0; i < n; ++i) store(to + (r * dim + d + i) * kLanes + l0, load(square + i * kWidth));
+          for (int i = 0; i < n; ++i)
+            std::memcpy(to + (r * dim + d + i) * kPanel + l0, square + i * kSquare, kSquare * sizeof(float));
         }
       }
     }
   }
 
-  static int64_t offset(const View& x, int64_t b, int64_t head, int64_t token) {
-    return b * x.stride[0] + head * x.stride[1] + token * x.stride[2];
+  // 16 x 16 in place
+  static void transpose(float* x) {
+    for (int i = 0; i < kSquare; i += 4) {
+      for (int j = 0; j <= i; j += 4) {
+        F32x4 upper[4], lower[4];
+        load4(x + j * kSquare + i, upper), load4(x + i * kSquare + j, lower);
+        store4(x + i * kSquare + j, upper), store4(x + j * kSquare + i, lower);
+      }
+    }
   }
 
-  // n numbers from element `at` on, along the last axis
-  static void load_floats(const View& x, int64_t at, int64_t n, float* to) {
-    if (x.stride[3] == 1) return to_floats(x.data, x.dtype, at, n, to);
-    for (int64_t i = 0; i < n; ++i) to_floats(x.data, x.dtype, at + i * x.stride[3], 1, to + i);
+  using Storage = typename Element::Storage;
+  static const Storage* at(const View& x, int64_t b, int64_t head, int64_t token, int64_t d) {
+    return static_cast<const Storage*>(x.data) + b * x.stride[0] + head * x.stride[1] + token * x.stride[2] + d * x.stride[3];
   }
 
-  // keys_[w][c] for c in [c0, c0 + n) of the folded axis; padding is 0
+  // keys_[w][c - c0] for c in [c0, c0 + n) of the folded axis; padding is 0
   void load_keys(const Row& row, int64_t kv_head, int64_t w0, int rows, int64_t c0, int64_t n) {
     const View& k = a_.k;
     const int64_t dim = k.size[3];
     for (int w = 0; w < rows; ++w) {
-      float* to = keys_.data() + w * kDepth;
+      float* to = keys_ + w * kDepth;
       for (int64_t c = c0; c < c0 + n;) {
         const int64_t token = (w0 + w) * a_.stride + c / dim, d = c % dim;
         const int64_t run = std::min(dim - d, c0 + n - c);
-        if (token < row.span.n_k) load_floats(k, offset(k, row.b, kv_head, row.span.key0 + token) + d * k.stride[3], run, to);
+        if (token < row.span.n_k) read_row<Element>(at(k, row.b, kv_head, row.span.key0 + token, d), k.stride[3], run, to);
         else std::fill(to, to + run, 0.f);
         to += run, c += run;
       }
     }
     const int padded = static_cast<int>(ceil_div(rows, kRows)) * kRows;
-    for (int w = rows; w < padded; ++w) std::fill(keys_.data() + w * kDepth, keys_.data() + (w + 1) * kDepth, 0.f);
+    std::fill(keys_ + rows * kDepth, keys_ + padded * kDepth, 0.f);
   }
 
-  // first register of lanes that sees key group w or an earlier one: lanes are in rising order of their limit
-  int first_vec(int64_t w) const {
+  // first register of lanes that sees key group w or an earlier one: later lanes see further
+  int first_unit(int64_t w) const {
     int v = 0;
-    while (v < kVecs - 1 && panel_.lane_high[v * kWidth + kWidth - 1] <= w && (v + 1) * kWidth < panel_.lanes) ++v;
+    while ((v + 1) * kLanes < panel_.lanes && panel_.lane_high[v * kLanes + kLanes - 1] <= w) ++v;
     return v;
   }
 
@@ -179,115 +208,121 @@ class Worker {
     const int64_t run = a_.block_k / a_.stride;
     first_block_ = panel_.low / run, end_block_ = panel_.low < panel_.high ? ceil_div(panel_.high, run) : first_block_;
     for (int h = 0; h < heads; ++h) {
-      const int64_t at = (h * k_blocks_ + first_block_) * kLanes, n = (end_block_ - first_block_) * kLanes;
-      std::fill(mass_.data() + at, mass_.data() + at + n, 0.f);
-      std::fill(peak_.data() + at, peak_.data() + at + n, -FLT_MAX);
+      const int64_t at = (h * k_blocks_ + first_block_) * kPanel, n = (end_block_ - first_block_) * kPanel;
+      std::fill(mass_ + at, mass_ + at + n, 0.f);
+      std::fill(peak_ + at, peak_ + at + n, -FLT_MAX);
     }
-    const int last_vec = static_cast<int>(ceil_div(panel_.lanes, kWidth));
+    const int end_unit = static_cast<int>(ceil_div(panel_.lanes, kLanes));
     for (int64_t w0 = panel_.low; w0 < panel_.high; w0 += kTile) {
       const int rows = static_cast<int>(std::min<int64_t>(kTile, panel_.high - w0));
       for (int64_t c = 0; c < depth_; c += kDepth) {
         const int64_t n = std::min<int64_t>(kDepth, depth_ - c);
         load_keys(row, kv_head, w0, rows, c, n);
         for (int h = 0; h < heads; ++h) {
-          const float* q = panel_q_.data() + (h * depth_ + c) * kLanes;
-          float* logits = logits_.data() + h * kTile * kLanes;
+          const float* q = queries_ + (h * depth_ + c) * kPanel;
+          float* logits = logits_ + h * kTile * kPanel;
           for (int w = 0; w < rows; w += kRows)
-            product(first_vec(w0 + w), last_vec, keys_.data() + w * kDepth, q, n, logits + w * kLanes, c == 0);
+            product(first_unit(w0 + w), end_unit, keys_ + w * kDepth, q, n, logits + w * kPanel, c == 0);
         }
       }
-      for (int h = 0; h < heads; ++h) absorb(row, h, w0, rows, last_vec);
+      for (int h = 0; h < heads; ++h) absorb(row, h, w0, rows, end_unit);
     }
   }
 
+  // logits[i][lane] += keys[i] . queries[lane], for kRows key groups and V registers of lanes
   template <int V>
   static void product(const float* keys, const float* q, int64_t n, float* logits, bool fresh) {
-    Vec sum[kRows][V];
-#pragma GCC unroll 16
+    F32 sum[kRows][V];
+#pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[i][v] = fresh ? splat(0.f) : load(logits + i * kLanes + v * kWidth);
-    for (int64_t c = 0; c < n; ++c) {
-      Vec x[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = load(q + c * kLanes + v * kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const Vec key = splat(keys[i * kDepth + c]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] = fma(key, x[v], sum[i][v]);
+      for (int v = 0; v < V; ++v) {
+        if (fresh) sum[i][v] = F32{};
+        else std::memcpy(&sum[i][v], logits + i * kPanel + v * kLanes, sizeof(F32));
       }
+    for (int64_t c = 0; c < n; ++c) {
+      F32 x[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) std::memcpy(&x[v], q + c * kPanel + v * kLanes, sizeof(F32));
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[i][v] += keys[i * kDepth + c] * x[v];
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(logits + i * kLanes + v * kWidth, sum[i][v]);
+      for (int v = 0; v < V; ++v) std::memcpy(logits + i * kPanel + v * kLanes, &sum[i][v], sizeof(F32));
   }
 
-  static void product(int v0, int v1, const float* keys, const float* q, int64_t n, float* logits, bool fresh) {
-    q += v0 * kWidth, logits += v0 * kWidth;
-    switch (v1 - v0) {
-      case 1: return product<1>(keys, q, n, logits, fresh);
-      case 2: return product<2>(keys, q, n, logits, fresh);
-      case 3: return product<std::min(3, kVecs)>(keys, q, n, logits, fresh);
-      default: return product<kVecs>(keys, q, n, logits, fresh);
+  static void product(int unit0, int unit1, const float* keys, const float* q, int64_t n, float* logits, bool fresh) {
+    int lane = unit0 * kLanes;
+    const int end = unit1 * kLanes;
+    for (; lane + kColumns * kLanes <= end; lane += kColumns * kLanes)
+      product<kColumns>(keys, q + lane, n, logits + lane, fresh);
+    switch ((end - lane) / kLanes) {
+      case 1: return product<1>(keys, q + lane, n, logits + lane, fresh);
+      case 2: return product<2>(keys, q + lane, n, logits + lane, fresh);
+      case 3: return product<3>(keys, q + lane, n, logits + lane, fresh);
     }
   }
 
   // logits of key groups [w0, w0 + rows) into the mass of their blocks
-  void absorb(const Row& row, int h, int64_t w0, int rows, int last_vec) {
+  void absorb(const Row& row, int h, int64_t w0, int rows, int end_unit) {
     const int64_t run = a_.block_k / a_.stride;
     for (int64_t w = w0; w < w0 + rows;) {
-      const int64_t block = w / run, end = std::min({(block + 1) * run, w0 + rows});
+      const int64_t block = w / run, end = std::min((block + 1) * run, w0 + rows);
       const int n = static_cast<int>(end - w);
-      float* logits = logits_.data() + (h * kTile + (w - w0)) * kLanes;
-      const bool partial = end == row.groups_k && row.span.n_k % a_.stride;
-      const bool edge = w < panel_.all_low || end > panel_.all_high;
-      for (int v = first_vec(w); v < last_vec; ++v) {
-        float* x = logits + v * kWidth;
-        const Vec factor = load(panel_.factor + v * kWidth);
-        for (int i = 0; i < n; ++i) store(x + i * kLanes, load(x + i * kLanes) * factor);
-        if (partial) rescale_last(x + (n - 1) * kLanes, v);
+      const bool last = end == row.groups_k, edge = w < panel_.all_low || end > panel_.all_high;
+      for (int v = first_unit(w); v < end_unit; ++v) {
+        float* x = logits_ + (h * kTile + (w - w0)) * kPanel + v * kLanes;
+        const F32 factor = load(panel_.factor + v * kLanes);
+        for (int i = 0; i < n - last; ++i) store(x + i * kPanel, load(x + i * kPanel) * factor);
+        if (last) store(x + (n - 1) * kPanel, load(x + (n - 1) * kPanel) * load(panel_.last_factor + v * kLanes));
         if (edge) hide(x, w, n, v);
-        float* mass = mass_.data() + (h * k_blocks_ + block) * kLanes + v * kWidth;
-        float* peak = peak_.data() + (h * k_blocks_ + block) * kLanes + v * kWidth;
-        const Vec before = load(peak);
-        Vec top = before;
-        for (int i = 0; i < n; ++i) top = max(load(x + i * kLanes), top);
-        Vec sum = load(mass) * exp(before - top);
-        for (int i = 0; i < n; ++i) sum += exp(load(x + i * kLanes) - top);
-        store(mass, sum), store(peak, top);
+        const int64_t cell = (h * k_blocks_ + block) * kPanel + v * kLanes;
+        const F32 before = load(peak_ + cell);
+        F32 top = before;
+        I32 broken{};
+        for (int i = 0; i < n; ++i) {
+          const F32 logit = load(x + i * kPanel);
+          top = max(logit, top), broken |= logit != logit;
+        }
+        F32 sum = load(mass_ + cell) * exp2_nonpositive(before - top);
+        for (int i = 0; i < n; ++i) sum += exp2_nonpositive(load(x + i * kPanel) - top);
+        // exp2_nonpositive hides a NaN; here it has to spoil the lane, as a softmax does
+        if (any(broken)) sum = broken ? splat(std::numeric_limits<float>::quiet_NaN()) : sum;
+        store(mass_ + cell, sum), store(peak_ + cell, top);
       }
       w = end;
     }
   }
 
-  [[gnu::noinline]] void rescale_last(float* x, int v) const {
-    for (int l = 0; l < kWidth; ++l) x[l] *= panel_.last_factor[v * kWidth + l] / panel_.factor[v * kWidth + l];
-  }
-
   [[gnu::noinline]] void hide(float* x, int64_t w0, int rows, int v) const {
-    for (int i = 0; i < rows; ++i)
-      for (int l = 0; l < kWidth; ++l)
-        if (w0 + i < panel_.lane_low[v * kWidth + l] || w0 + i >= panel_.lane_high[v * kWidth + l]) x[i * kLanes + l] = kHidden;
+    I32 low, high;
+    std::memcpy(&low, panel_.lane_low + v * kLanes, sizeof low), std::memcpy(&high, panel_.lane_high + v * kLanes, sizeof high);
+    for (int i = 0; i < rows; ++i) {
+      const I32 w = splat(static_cast<int32_t>(w0 + i));
+      store(x + i * kPanel, (w >= low) & (w < high) ? load(x + i * kPanel) : splat(kHidden));
+    }
   }
 
   // adds the shares of the panel's lanes to the rows of their query blocks
   void collect(int h, int64_t block0, float* out) {
     const int64_t per_block = a_.block_q / a_.stride;
-    alignas(64) float top[kLanes], weight[kLanes], share[kLanes];
-    const float *mass = mass_.data() + h * k_blocks_ * kLanes, *peak = peak_.data() + h * k_blocks_ * kLanes;
-    for (int v = 0; v < kLanes; v += kWidth) {
-      Vec m = splat(-FLT_MAX), total = splat(0.f);
-      for (int64_t b = first_block_; b < end_block_; ++b) m = max(load(peak + b * kLanes + v), m);
-      for (int64_t b = first_block_; b < end_block_; ++b) total += load(mass + b * kLanes + v) * exp(load(peak + b * kLanes + v) - m);
+    alignas(64) float top[kPanel], weight[kPanel], share[kPanel];
+    const float *mass = mass_ + h * k_blocks_ * kPanel, *peak = peak_ + h * k_blocks_ * kPanel;
+    for (int v = 0; v < kPanel; v += kLanes) {
+      F32 m = splat(-FLT_MAX), total = splat(0.f);
+      for (int64_t b = first_block_; b < end_block_; ++b) m = max(load(peak + b * kPanel + v), m);
+      for (int64_t b = first_block_; b < end_block_; ++b) total += load(mass + b * kPanel + v) * exp2_nonpositive(load(peak + b * kPanel + v) - m);
       store(top + v, m), store(weight + v, total);
     }
     // a row without any visible key, or with NaN or infinite logits, has no mass
-    for (int l = 0; l < kLanes; ++l) weight[l] = weight[l] > 0 && weight[l] <= FLT_MAX ? 1 / weight[l] : 0;
+    for (int l = 0; l < kPanel; ++l) weight[l] = weight[l] > 0 && weight[l] <= FLT_MAX ? 1 / weight[l] : 0;
     for (int64_t b = first_block_; b < end_block_; ++b) {
-      for (int v = 0; v < kLanes; v += kWidth)
-        store(share + v, load(mass + b * kLanes + v) * exp(load(peak + b * kLanes + v) - load(top + v)) * load(weight + v));
+      for (int v = 0; v < kPanel; v += kLanes)
+        store(share + v, load(mass + b * kPanel + v) * exp2_nonpositive(load(peak + b * kPanel + v) - load(top + v)) * load(weight + v));
       for (int l = 0; l < panel_.lanes;) {
         const int64_t block = (panel_.group0 + l) / per_block;
         const int end = static_cast<int>(std::min<int64_t>(panel_.lanes, (block + 1) * per_block - panel_.group0));
@@ -312,7 +347,7 @@ class Worker {
   const int64_t depth_, k_blocks_;
   int64_t first_block_ = 0, end_block_ = 0;
   Panel panel_;
-  Floats panel_q_, keys_, logits_, mass_, peak_;
+  float *queries_, *keys_, *logits_, *mass_, *peak_;  // [head] [depth][lane], [w][c], [head] [w][lane], [head] [block][lane]
 };
 
 }  // namespace
@@ -320,19 +355,21 @@ class Worker {
 void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel) {
   const int64_t heads = args.q.size[1], kv_heads = args.k.size[1], group = heads / std::max<int64_t>(kv_heads, 1);
   const int64_t per_block = args.block_q / args.stride, q_blocks = ceil_div(args.q.size[2], args.block_q);
-  const int64_t blocks = std::max<int64_t>(1, kLanes / per_block), tiles = ceil_div(q_blocks, blocks);
+  const int64_t blocks = std::max<int64_t>(1, kPanel / per_block), tiles = ceil_div(q_blocks, blocks);
   const int64_t parts = ceil_div(group, kHeads);
   // the keys of a KV head stay in cache for all its tasks; its longest come first, so the last task of all is a short one
-  parallel_tasks(parallel, args.q.size[0] * kv_heads * tiles * parts, [&](TaskQueue& queue) {
-    Worker worker(args);
-    for (int64_t task; queue.take(&task);) {
-      const int64_t part = task % parts, tile = tiles - 1 - task / parts % tiles, kv = task / (parts * tiles) % kv_heads;
-      const int64_t b = task / (parts * tiles * kv_heads);
-      const Span span = span_of(b, args.q.size[2], args.k.size[2], args.q_start, args.causal, args.padding);
-      const Row row{span, b, ceil_div(span.n_q, args.stride), ceil_div(span.n_k, args.stride)};
-      const int count = static_cast<int>(std::min<int64_t>(kHeads, group - part * kHeads));
-      worker.score(row, kv * group + part * kHeads, count, tile * blocks, std::min(q_blocks, (tile + 1) * blocks));
-    }
+  with_element(args.q.dtype, [&](auto element) {
+    parallel_tasks(parallel, args.q.size[0] * kv_heads * tiles * parts, [&](TaskQueue& queue) {
+      Worker<decltype(element)> worker(args);
+      for (int64_t task; queue.take(&task);) {
+        const int64_t part = task % parts, tile = tiles - 1 - task / parts % tiles, kv = task / (parts * tiles) % kv_heads;
+        const int64_t b = task / (parts * tiles * kv_heads);
+        const Span span = span_of(b, args.q.size[2], args.k.size[2], args.q_start, args.causal, args.padding);
+        const Row row{span, b, ceil_div(span.n_q, args.stride), ceil_div(span.n_k, args.stride)};
+        const int count = static_cast<int>(std::min<int64_t>(kHeads, group - part * kHeads));
+        worker.score(row, kv * group + part * kHeads, count, tile * blocks, std::min(q_blocks, (tile + 1) * blocks));
+      }
+    });
   });
 }
 
