@@ -1,0 +1,235 @@
+"""Runs needle cases through a transformers model: dense, then each prefill method, on the same prompts."""
+
+import hashlib
+import importlib.metadata
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .grade import CaseFile, Row, grade
+from .haystack import Haystack, NeedleError, Prompt
+
+BUNDLED = Path(__file__).parent / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``."""
+
+    name: str = "dense"
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise NeedleError unless the package knows the name and accepts the arguments."""
+        if self.name == "dense":
+            if self.arguments:
+                raise NeedleError(f"dense takes no arguments, got {json.dumps(self.arguments)}; drop --prefill-args")
+            return
+        import sparse_attn
+
+        if self.name not in sparse_attn.PATTERNS:
+            known = ", ".join(sorted({"dense", *sparse_attn.PATTERNS}))
+            raise NeedleError(f"prefill method {self.name!r} is not known; use one of {known}")
+        pattern = sparse_attn.PATTERNS[self.name]
+        names = [entry.name for entry in fields(pattern)]
+        for name in self.arguments:
+            if name not in names:
+                raise NeedleError(f"{self.name} has no argument {name!r}; use one of {', '.join(names)}")
+        try:
+            pattern(**self.arguments)
+        except (ValueError, TypeError) as error:
+            raise NeedleError(f"{self.name} refuses {json.dumps(self.arguments)}: {error}") from error
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[Callable[[], float]]:
+        """Run the model with this method inside the block; yields a function that returns the density so far."""
+        if self.name == "dense":
+            yield lambda: 1.0
+            return
+        import sparse_attn
+
+        prefill = {"name": self.name, **self.arguments}
+        with sparse_attn.patch(model, prefill=prefill, dense_below=0) as handle:
+            yield lambda: _mean_density(handle.report())
+
+
+def _mean_density(report: object) -> float:
+    return statistics.fmean(row["density"] if isinstance(row, dict) else row.density for row in report)
+
+
+@dataclass(frozen=True)
+class Case:
+    task: str
+    length: int
+    depth: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every line of one run shares; part of a case's identity, so a changed setting is measured afresh."""
+
+    model: str
+    weights: str
+    haystack: str
+    device: str
+    dtype: str
+    threads: int
+    batch_size: int
+    chunk: int | None
+
+
+KEY = (*(f.name for f in fields(Case)), "prefill", "prefill_args", *(f.name for f in fields(Settings)))
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """``auto`` is bfloat16 where it is fast: on an accelerator, or on a CPU with matrix units for it."""
+    if name != "auto":
+        return DTYPES[name]
+    fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(model: str, device: str, dtype: torch.dtype, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a local path or a hub id.
+
+    Raises:
+        NeedleError: if nothing can be loaded from there.
+    """
+    if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise NeedleError(f"model path {model} does not exist; give a folder with config.json or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise NeedleError(f"model {model} cannot be loaded ({reason}); give a folder with config.json or a hub id") from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def weights_id(model: str) -> str:
+    """Changes when the files of a local model change; empty for a hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return ""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def make_haystack(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Haystack:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return Haystack(lambda piece: tokenizer.encode(piece, add_special_tokens=False), start, text)
+
+
+def machine() -> Row:
+    """What the figures depend on besides the settings."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {**versions, "python": sys.version.split()[0], "commit": commit.stdout.strip() or None}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the process so far, not this case alone
+    return kib / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, prompts: Sequence[Prompt], method: Method, stop: Sequence[int], chunk: int | None = None
+) -> tuple[list[list[int]], Row]:
+    """Greedy answers to prompts of one length, and what reading and writing cost.
+
+    Returns:
+        Token ids per prompt, and density, prefill_s, decode_s, peak_mib.
+    """
+    ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
+    steps = max(prompt.answer_tokens for prompt in prompts)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    with method.applied(model) as density:
+        began, cache = _clock(model.device), None
+        for piece in ids.split(chunk or ids.shape[1], dim=1):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        read = _clock(model.device)
+        figures: Row = {"density": density()}
+        resumed = _clock(model.device)
+        written = [token]
+        ended = torch.isin(token, torch.tensor(stop, device=token.device))
+        while len(written) < steps and not ended.all():
+            out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            written.append(token)
+            ended |= torch.isin(token, torch.tensor(stop, device=token.device))
+        figures |= {"prefill_s": read - began, "decode_s": _clock(model.device) - resumed}
+    figures["peak_mib"] = _peak_mib(model.device)
+    return [_until_stop(row, stop) for row in torch.cat(written, 1).tolist()], figures
+
+
+def _until_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
+
+
+def stop_tokens(model: PreTrainedModel) -> list[int]:
+    stop = model.generation_config.eos_token_id
+    if stop is None:
+        return []
+    return stop if isinstance(stop, list) else [stop]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Haystack,
+    batches: Sequence[Sequence[Case]],
+    methods: Sequence[Method],
+    settings: Settings,
+    file: CaseFile,
+    tick: Callable[[Row], None],
+) -> list[Row]:
+    """Every case with every method, dense and sparse in turn on the same prompt; returns one row per pair.
+
+    Cases already in ``file`` are taken from it. Seconds are those of the batch a case ran in.
+    """
+    rows, done, stop, here = [], file.done(), stop_tokens(model), machine()
+    for batch in batches:
+        prompts: list[Prompt] | None = None
+        for method in methods:
+            how = {"prefill": method.name, "prefill_args": method.arguments}
+            keys = [file.key({**asdict(case), **how, **asdict(settings)}) for case in batch]
+            if not all(key in done for key in keys):
+                if prompts is None:
+                    prompts = [haystack.prompt(**asdict(case)) for case in batch]
+                written, figures = answer(model, prompts, method, stop, settings.chunk)
+                for key, case, prompt, ids in zip(keys, batch, prompts, written):
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    found = {"correct": grade(text, prompt.expected), "answer": text, "expected": list(prompt.expected)}
+                    done[key] = {**asdict(case), **how, **found, **figures, **asdict(settings), **here}
+                    file.add(done[key])
+            for key in keys:
+                rows.append(done[key])
+                tick(done[key])
+    return rows
