@@ -1,0 +1,381 @@
+"""Registers our attention with transformers, and patches a model to use it.
+
+Nothing of a model is replaced. transformers calls a registered attention function with q, k, v and the mask that the mask
+function registered under the same name built; ours send a prefill to ``sparse_attention`` and everything else to the dense
+computation that transformers itself would do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_overlay,
+)
+from transformers.modeling_utils import AttentionInterface
+
+from . import ops
+from .attention import Attended, sparse_attention
+from .config import SparseAttnConfig, as_selector
+from .errors import ContractError, require
+from .layout import Layout, allowed_traced, encode, layout_of
+from .masked import masked_attention
+from .patterns import PATTERNS, Dense
+from .report import LayerLog, Report
+from .types import LayerContext, ResidentKV, Selector, dense_index
+
+# what a patched model's config says; never written to disk
+PATCHED = "sparse_attn"
+# bool entries of a mask that SDPA may be given; beyond that the full list is walked without one (8K x 8K is 64 MiB)
+_MASK_ENTRIES = 1 << 26
+# fewer queries than this over softcapped or sink logits are computed in plain torch, without building a list
+_FEW_QUERIES = 16
+
+
+@dataclass(eq=False)
+class _Patched:
+    """What patch() leaves on an attention module."""
+
+    config: SparseAttnConfig
+    log: LayerLog
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of an attention function, and how it ends."""
+
+    module: torch.nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    dropout: float
+    softcap: float
+    sinks: Tensor | None
+    kwargs: dict
+    log: LayerLog | None
+
+    def by_sdpa(self, mask: Tensor | None, causal: bool, reason: str) -> Tensor:
+        """Exactly what transformers' sdpa would return, or its eager formula where SDPA has no word for it."""
+        if self.softcap or self.sinks is not None:
+            out, backend = masked_attention(self.q, self.k, self.v, mask, self.scale, self.softcap, self.sinks, self.dropout), "torch"
+        else:
+            out, backend = sdpa_attention_forward(self.module, self.q, self.k, self.v, mask, dropout=self.dropout,
+                                                  scaling=self.scale, is_causal=causal, **self.kwargs)[0], "sdpa"
+        self._note(backend, reason)
+        return out
+
+    def by_layout(self, layout: Layout, reason: str) -> Tensor:
+        """Dense, with the mask that the layout describes."""
+        n_q = self.q.shape[2]
+        special = bool(self.softcap) or self.sinks is not None
+        large = special or (not layout.plain(n_q) and n_q * layout.n_k > _MASK_ENTRIES)
+        if large and n_q >= _FEW_QUERIES and self.ours_can() is None and not layout.holes:
+            attended = self._attend(layout, Dense())
+            self._note(self._backend(attended, layout)[0], reason)
+            return attended.out.transpose(1, 2).contiguous()
+        if special or not layout.plain(n_q) or self.kwargs.get("position_bias") is not None:
+            return self.by_sdpa(layout.allowed(n_q, self.q.device), False, reason)
+        return self.by_sdpa(None, True, reason)
+
+    def by_selector(self, layout: Layout, selector: Selector) -> Tensor:
+        """Over what the selector chooses."""
+        attended = self._attend(layout, selector)
+        if self.log is not None and not torch.compiler.is_compiling():
+            if attended.plan.blocks is None:
+                self._note(self._backend(attended, layout)[0], "the method reads everything")
+            else:
+                density = attended.plan.blocks.head_density()
+                density = density.repeat_interleave(self.q.shape[1] // len(density))
+                self.log.sparse(*self._backend(attended, layout), density, self.q.shape[2], layout.q_start + self.q.shape[2])
+        return attended.out.transpose(1, 2).contiguous()
+
+    def ours_can(self) -> str | None:
+        """None if our op can compute this call, else why not."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v)):
+            return "an input requires grad; run under torch.no_grad() or torch.inference_mode()"
+        if self.dropout:
+            return "attention dropout is on; call model.eval()"
+        if self.kwargs.get("position_bias") is not None:
+            return "the layer adds a position bias"
+        if self.sinks is not None and self.sinks.dim() != 1:
+            return "its sink logits differ per query"
+        return None
+
+    def _context(self, layout: Layout) -> LayerContext:
+        return LayerContext(_layer(self.module), self.scale, layout.q_start, True, layout.first, layout.last, layout.window,
+                            self.softcap, self.sinks)
+
+    def _attend(self, layout: Layout, selector: Selector) -> Attended:
+        return sparse_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector)
+
+    def _backend(self, attended: Attended, layout: Layout) -> tuple[str, list[str]]:
+        if self.log is None:
+            return "", []
+        ctx, kv = self._context(layout), ResidentKV(self.k, self.v)
+        blocks = attended.plan.blocks if attended.plan.blocks is not None else dense_index(self.q, kv, ctx, (128, 128))
+        args = (self.q, self.k, self.v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, True, ctx.window,
+                ctx.softcap, ctx.first, ctx.last, ctx.sinks)
+        op = ops.block_sparse_attention
+        chosen, refusals = op.chosen(*args), []
+        for name, refusal in op.explain(*args).items():
+            if name == chosen:
+                break
+            refusals.append(f"{op.name}: {name}: {refusal}")
+        return chosen, refusals
+
+    def _note(self, backend: str, reason: str) -> None:
+        if self.log is not None and not torch.compiler.is_compiling():
+            self.log.dense(backend, reason, self.q.shape[2], self.q.shape[1], self.k.shape[2])
+
+
+def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+               attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+               softcap: float | None = None, s_aux: Tensor | None = None, sinks: Tensor | None = None,
+               indices: Tensor | None = None, block_indices: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+    """The attention function: ``[B, Nq, H, Dv]`` and no weights."""
+    patched = module.__dict__.get("_sparse_attn")
+    config, log = (patched.config, patched.log) if patched else (default, None)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, log)
+    n_q, n_k = query.shape[2], key.shape[2]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    chosen = indices if indices is not None else block_indices
+
+    if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = allowed_traced(attention_mask, n_q, n_k)
+    if attention_mask is None and not causal and chosen is None:
+        return call.by_sdpa(None, False, "not causal"), None
+
+    unwanted = _why_dense(config, module, n_q, n_k)
+    refusal = call.ours_can()
+    layout = None
+    if attention_mask is None or attention_mask.dim() == 2:
+        layout = layout_of(attention_mask, n_q, n_k)
+        if unwanted is None and layout.n_seen < config.dense_below:
+            unwanted = f"fewer than {config.dense_below} keys"
+        if layout.holes:
+            refusal = refusal or "a row's real tokens are not one run; pad on one side only"
+    else:
+        refusal = refusal or "its mask is not plain causal, sliding or padded"
+    if chosen is not None:
+        refusal = "the model chooses its own keys"
+        attention_mask = _native_choice(call, layout.allowed(n_q, query.device) if layout else attention_mask, indices, block_indices)
+        layout = None
+    if unwanted is None and refusal is None:
+        return call.by_selector(layout, config.prefill), None
+    if unwanted is None and not torch.compiler.is_compiling():
+        _warn_once(f"{type(module).__name__} runs dense: {refusal}")
+    reason = unwanted or refusal
+    return (call.by_layout(layout, reason) if layout else call.by_sdpa(attention_mask, False, reason)), None
+
+
+def _why_dense(config: SparseAttnConfig, module: torch.nn.Module, n_q: int, n_k: int) -> str | None:
+    """Why this call was not meant to be sparse; None if it was."""
+    if n_q == 1:
+        return "decoding"
+    if isinstance(config.prefill, Dense):
+        return "prefill is dense"
+    if _layer(module) in config.dense_layers:
+        return "layer is in dense_layers"
+    if n_q < config.min_queries:
+        return f"fewer than {config.min_queries} queries"
+    if n_k < config.dense_below:
+        return f"fewer than {config.dense_below} keys"
+    return None
+
+
+def _native_choice(call: _Call, mask: Tensor, indices: Tensor | None, block_indices: Tensor | None) -> Tensor:
+    """The mask under which transformers' sdpa computes a model that brings its own key indexer."""
+    n_k = call.k.shape[2]
+    if indices is not None:
+        listed = indices.long().masked_fill(indices < 0, n_k)
+        keep = mask.new_zeros(*listed.shape[:2], n_k + 1, dtype=torch.bool).scatter_(-1, listed, True)[:, None, :, :n_k]
+        return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+    positions = call.kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(n_k - call.q.shape[2], n_k, device=call.q.device)[None]
+    return call.module.indexer.build_block_mask(block_indices, mask, n_k, call.q.dtype, call.q.device,
+                                                positions.expand(call.q.shape[0], -1))
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+          mask_function=causal_mask_function, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True,
+          device="cpu", config=None, **kwargs) -> Tensor | None:
+    """The mask function: None, a code (see layout.py), or the exact 4-D mask for any pattern that is neither causal nor sliding."""
+    _require_drivable(config)
+
+    def exact():
+        return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+                         mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, device=device,
+                         config=config, **kwargs)
+
+    end = kv_offset + kv_length
+    if torch.compiler.is_compiling():
+        # reading a value would break the graph: only what the sizes tell can be skipped
+        plain = mask_function is causal_mask_function and attention_mask is None and not isinstance(q_offset, Tensor)
+        return None if allow_is_causal_skip and plain and q_offset == 0 and q_length == end else exact()
+    window = _window_of(mask_function)
+    if window is None or not allow_is_causal_skip:
+        return exact()
+    q_start = int(q_offset)
+    stop = q_start + q_length
+    if stop > end:
+        return exact()
+    real = attention_mask
+    if real is not None:
+        real = torch.nn.functional.pad(real, (0, max(0, stop - real.shape[1])))[:, :stop].bool()
+        real = None if bool(real.all()) else real
+    window = window if window < stop - kv_offset else 0
+    if real is None and not window and stop == end and q_length in (1, kv_length):
+        return None
+    return encode(real, batch_size, q_start, q_length, end, window, device)
+
+
+def _window_of(mask_function) -> int | None:
+    """0 for the plain causal pattern, the window of a sliding one, None for anything else."""
+    if mask_function is causal_mask_function:
+        return 0
+    if getattr(mask_function, "__code__", None) is not and_masks(causal_mask_function).__code__:
+        return None
+    parts = mask_function.__closure__[0].cell_contents
+    windows = [f.__closure__[0].cell_contents for f in parts if getattr(f, "__code__", None) is sliding_window_overlay(1).__code__]
+    only_these = len(parts) == 2 and len(windows) == 1 and causal_mask_function in parts
+    return windows[0] if only_these else None
+
+
+def _require_drivable(config) -> None:
+    """A model that asks for our mask but never calls an attention function would run without any mask."""
+    if config is not None and not torch.compiler.is_compiling():
+        family = _undrivable(type(config))
+        require(family is None, f"{family} computes attention itself and cannot be driven; load it without attn_implementation")
+
+
+@functools.cache
+def _undrivable(config_class: type) -> str | None:
+    modeling = sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
+    for cls in vars(modeling).values() if modeling else ():
+        ours = inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.__module__ == modeling.__name__
+        if ours and cls.config_class is config_class and not cls._can_set_attn_implementation():
+            return cls.__name__
+    return None
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def _layer(module: torch.nn.Module) -> int:
+    return getattr(module, "layer_idx", None) or 0
+
+
+class Handle:
+    """A patched model, until ``undo()``; also a context manager."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig):
+        self.config = config
+        self._modules = modules
+        self._configs = [(c, c._attn_implementation) for c in configs]
+        for name, module in modules.items():
+            module._sparse_attn = _Patched(config, LayerLog(name, _layer(module)))
+        for c in configs:
+            c._attn_implementation_internal = PATCHED
+
+    def report(self) -> Report:
+        """Per layer: backend, density, calls and why they ran dense, since the patch or the last ``report().reset()``.
+
+        Calls inside a torch.compile graph are not counted.
+        """
+        return Report([m._sparse_attn.log for m in self._modules.values() if "_sparse_attn" in m.__dict__])
+
+    def undo(self) -> None:
+        """Put the model back exactly as it was; doing so twice is harmless."""
+        for module in self._modules.values():
+            module.__dict__.pop("_sparse_attn", None)
+        for config, before in self._configs:
+            config._attn_implementation_internal = before
+        self._configs = []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.undo()
+
+
+def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention", dense_layers: tuple[int, ...] = (),
+          dense_below: int = 4096, min_queries: int = 16) -> Handle:
+    """Make ``model`` read during prefill only what ``prefill`` chooses.
+
+    Only the text model of a composite model is touched. Prompts over fewer than ``dense_below`` tokens (padding aside, longest
+    row of the batch), layers in ``dense_layers``, decoding and whatever cannot be expressed run dense as transformers would.
+
+    Args:
+        model: a transformers model whose class calls transformers' attention interface.
+        prefill: a selector, a method's name, or its JSON form ``{"name": "xattention", "threshold": 0.9}``.
+        dense_layers: indices of layers that stay dense.
+        dense_below: tokens.
+        min_queries: tokens; calls with fewer queries run dense.
+
+    Raises:
+        ContractError: on a model that cannot be driven or is patched already, or on bad arguments; the model is then untouched.
+
+    Example (not run here)::
+
+        with sparse_attn.patch(model, prefill=XAttention(threshold=0.9), dense_layers=(0, 1)) as patched:
+            model.generate(**inputs)
+            print(patched.report())
+    """
+    require(isinstance(model, PreTrainedModel), f"patch needs a transformers model, got {type(model).__name__}")
+    config = SparseAttnConfig(as_selector(prefill), dense_layers, dense_below, min_queries)
+    tower = _text_model(model)
+    for cls in (type(model), type(tower)):
+        require(cls._can_set_attn_implementation(), f"{cls.__name__} computes attention itself and cannot be driven; "
+                "it does not use transformers' attention interface")
+    modules = {name: m for name, m in tower.named_modules() if _is_attention(m)}
+    require(bool(modules), f"{type(tower).__name__} has no attention layer to patch")
+    require(not any("_sparse_attn" in m.__dict__ for m in modules.values()),
+            f"this {type(model).__name__} is patched already; call undo() on its handle first")
+    n_layers = 1 + max(_layer(m) for m in modules.values())
+    over = [i for i in config.dense_layers if i >= n_layers]
+    require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
+    configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    return Handle(modules, list(configs.values()), config)
+
+
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a composite model that reads text; the model itself otherwise."""
+    try:
+        text = model.config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise ContractError(f"{type(model).__name__} has several text models; patch the one you mean: {error}") from error
+    if text is model.config:
+        return model
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text), model)
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+
+
+def _register() -> None:
+    configs = {name: SparseAttnConfig(prefill=cls()) for name, cls in PATTERNS.items()} | {PATCHED: SparseAttnConfig()}
+    for name, config in configs.items():
+        AttentionInterface.register(name, functools.partial(_attention, config))
+        AttentionMaskInterface.register(name, _mask)
+
+
+_register()
