@@ -117,6 +117,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("missing(str isa) -> str");
   m.impl("missing", TORCH_BOX(&missing_feature));
+  m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
+        "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
+  m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
 }
 
 }  // namespace SA_NAMESPACE

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import require
 from .contract import require_blocks, require_heads, require_span
+from . import native
 from .registry import op
 from .spans import Span, spans
 
@@ -127,3 +128,10 @@ def _(q, k, block_q, block_k, stride, scale, q_start, causal, window, alternate,
 def _(q, k, block_q, block_k, stride, scale, q_start=0, causal=True, window=0, alternate=False, first=None, last=None):
     blocks = (q.shape[2] + block_q - 1) // block_q, (k.shape[2] + block_k - 1) // block_k
     return q.new_empty(q.shape[0], q.shape[1], *blocks, dtype=torch.float32)
+
+
+def _shares(q, k, block_q, block_k, *rest):
+    return q.new_empty(*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=torch.float32)
+
+
+native.add(antidiagonal_score, _shares, lambda isa, q, *rest: native.needs_dtype(q))
