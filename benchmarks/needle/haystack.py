@@ -83,7 +83,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     needles: list[str]  # hold an expected value
     distractors: list[str]
     question: str
@@ -142,26 +142,26 @@ def _ask(keys: list[str], plural: bool) -> str:
     )
 
 
-def _make_task(task: str, rng: random.Random) -> _Task:
+def make_task(task: str, rng: random.Random) -> Task:
     if task == "single":
         (key,), (value,) = _keys(rng, 1), _values(rng, 1)
-        return _Task([needle_sentence(key, value)], [], _ask([key], False), (value,))
+        return Task([needle_sentence(key, value)], [], _ask([key], False), (value,))
     if task == "multikey":
         keys, values = _keys(rng, 8), _values(rng, 8)
         others = [needle_sentence(k, v) for k, v in zip(keys[1:], values[1:])]
-        return _Task([needle_sentence(keys[0], values[0])], others, _ask(keys[:1], False), (values[0],))
+        return Task([needle_sentence(keys[0], values[0])], others, _ask(keys[:1], False), (values[0],))
     if task == "multivalue":
         (key,), values = _keys(rng, 1), _values(rng, 4)
-        return _Task([needle_sentence(key, v) for v in values], [], _ask([key], True), tuple(values))
+        return Task([needle_sentence(key, v) for v in values], [], _ask([key], True), tuple(values))
     if task == "multiquery":
         keys, values = _keys(rng, 4), _values(rng, 4)
-        return _Task([needle_sentence(k, v) for k, v in zip(keys, values)], [], _ask(keys, True), tuple(values))
+        return Task([needle_sentence(k, v) for k, v in zip(keys, values)], [], _ask(keys, True), tuple(values))
     if task == "tracking":
         names, (value,) = rng.sample(NAMES, 4), _values(rng, 1)
         chain = [f" The name {names[0]} stands for {value}."]
         chain += [f" The name {b} stands for the same as {a}." for a, b in zip(names, names[1:])]
         question = f"\nQuestion: Which names stand for {value}? Give all of them.\nAnswer: The names for {value} are"
-        return _Task(chain, [], question, tuple(names))
+        return Task(chain, [], question, tuple(names))
     raise NeedleError(f"task {task!r} is not known; use one of {', '.join(TASKS)}")
 
 
@@ -199,7 +199,7 @@ class Haystack:
         if not 0 <= depth <= 1:
             raise NeedleError(f"depth {depth} is outside [0, 1]; give a share of the text")
         rng = random.Random(f"{task} {length} {depth:.4f} {seed}")
-        made = _make_task(task, rng)
+        made = make_task(task, rng)
         head, tail = self._start + self._encode(INTRO), self._encode(made.question)
         needles, others = [self._encode(s) for s in made.needles], [self._encode(s) for s in made.distractors]
         room = length - len(head) - len(tail) - sum(map(len, needles + others))
