@@ -125,7 +125,7 @@ SA_INLINE U16 narrow_bf16(F32 x) {
 
 SA_INLINE F32 widen_fp16(U16 h) {
 #if defined(__AVX512F__)
-  return (F32)_mm512_cvtph_ps((__m256i)h);
+  return (F32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);  // the unmasked form warns in GCC 12
 #elif defined(__F16C__)
   return (F32)_mm256_cvtph_ps((__m128i)h);
 #else
@@ -137,7 +137,7 @@ SA_INLINE F32 widen_fp16(U16 h) {
 
 SA_INLINE U16 narrow_fp16(F32 x) {
 #if defined(__AVX512F__)
-  return (U16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (U16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (U16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -145,6 +145,27 @@ SA_INLINE U16 narrow_fp16(F32 x) {
   for (int i = 0; i < kLanes; ++i) h[i] = float_to_fp16(x[i]);
   return h;
 #endif
+}
+
+// -- transpose -----------------------------------------------------------------------------------------------------------------
+
+// rows become columns, in registers
+SA_INLINE void transpose(F32 (&row)[kLanes]) {
+  #pragma GCC unroll 4
+  for (int s = kLanes / 2; s; s /= 2) {
+    I32 low{}, high{};
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & s ? kLanes + i - s : i;
+      high[i] = i & s ? kLanes + i : i + s;
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const F32 a = row[i], b = row[i + s];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 // -- elements: how a dtype is read and written -----------------------------------------------------------------------------------
@@ -183,8 +204,8 @@ struct Fp32 {
   using Storage = float;
   static float get(float x) { return x; }
   static float put(float x) { return x; }
-  static SA_INLINE F32 load(const float* p) { return load(p); }
-  static SA_INLINE void store(float* p, F32 x) { store(p, x); }
+  static SA_INLINE F32 load(const float* p) { return SA_NAMESPACE::load(p); }
+  static SA_INLINE void store(float* p, F32 x) { SA_NAMESPACE::store(p, x); }
 };
 
 // f(Element{}) with the element type of a dtype
@@ -216,13 +237,13 @@ SA_INLINE void write_row(typename Element::Storage* row, int64_t stride, int64_t
 
 // -- exp ---------------------------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 to float32 accuracy; -inf and anything below -126 give 0, so a hidden key costs no branch
+// 2^x for x <= 0 to float32 accuracy; -inf and anything below -126 give 0, so a hidden key costs no branch; NaN stays NaN
 SA_INLINE F32 exp2_nonpositive(F32 x) {
-  const F32 clipped = max(x, splat(-127.0f));
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
+  const F32 clipped = max(splat(-127.0f), x);  // this order returns x when it is NaN
+  constexpr float kRound = 0x1.8p23f;          // adding it leaves the nearest integer in the low mantissa bits
   const F32 shifted = clipped + kRound;
   const F32 r = clipped - (shifted - kRound);  // in [-0.5, 0.5]
-  // Taylor terms of 2^r to degree 7, ln(2)^k / k!; the first one left out is below 5e-9 there
+  // Taylor terms of 2^r to degree 7, ln(2)^k / k!; the first one left out is below 6e-9 there
   F32 p = splat(0x1.ffcbfcp-17f);
   p = p * r + 0x1.430912p-13f;
   p = p * r + 0x1.5d87fep-10f;
@@ -231,9 +252,8 @@ SA_INLINE F32 exp2_nonpositive(F32 x) {
   p = p * r + 0x1.ebfbep-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
-  const I32 power = (I32)shifted << 23;
-  const F32 scaled = (F32)((I32)p + power);
-  return (F32)((I32)scaled & (x > -126.0f));
+  const F32 scaled = (F32)((I32)p + ((I32)shifted << 23));
+  return x < -126.0f ? F32{} : scaled;
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import spans
@@ -140,7 +141,10 @@ def _(q, k, v, counts, indices, block_q, block_k, scale, q_start, causal, window
 
 
 @block_sparse_attention.fake
-def _(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causal=True, window=0, softcap=0.0, first=None, last=None,
-      sinks=None):
+def _outputs(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causal=True, window=0, softcap=0.0, first=None,
+             last=None, sinks=None):
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+native.add(block_sparse_attention, _outputs, lambda isa, q, *rest: native.needs_dtype(q))
