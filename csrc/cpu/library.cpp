@@ -120,6 +120,10 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
   m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
+  m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, int top_k, int block_q, "
+        "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
+        "Tensor? last) -> ()");
+  m.impl("select_blocks", TORCH_BOX(&run_select_blocks));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks) -> ()");

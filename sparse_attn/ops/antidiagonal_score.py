@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from .contract import require_blocks, require_heads, require_span
 from . import native
+from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import Span, spans
 

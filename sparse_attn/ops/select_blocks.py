@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
@@ -23,7 +24,7 @@ def _keep(mass: Tensor, forced: Tensor, allowed: Tensor, threshold: Tensor | Non
         cumulative = mass.gather(-1, order).cumsum(-1).roll(1, -1)
         before = cumulative.index_fill(-1, torch.tensor([0], device=mass.device), 0.0).gather(-1, place)
         p = threshold[:, None, None]
-        keep = (before < p * mass.sum(-1, keepdim=True)) & (mass > 0) | (p >= 1)
+        keep = (before < p * mass.cumsum(-1)[..., -1:]) & (mass > 0) | (p >= 1)
     return (keep | forced) & allowed
 
 
@@ -73,10 +74,12 @@ def select_blocks(
         indices: int32 ``[B, H, Qb, Kb]``, ascending; slots past ``counts`` hold -1.
 
     Raises:
-        ContractError: on mismatched shapes, both or neither rule, or (on CPU, where looking is free) a NaN or negative score.
+        ContractError: on mismatched shapes, both or neither rule, or (on CPU, where looking is free) a NaN, infinite or negative
+            score.
     """
     batch, heads, q_blocks, k_blocks = score.shape
-    require(score.device.type != "cpu" or bool((score >= 0).all()), "score has a NaN or negative entry; mass cannot be negative")
+    looked = score.device.type != "cpu" or bool(((score >= 0) & (score < float("inf"))).all())
+    require(looked, "score has a NaN, infinite or negative entry; mass is finite and not negative")
     kept = torch.zeros(batch, heads, q_blocks, k_blocks, dtype=torch.bool, device=score.device)
     column = torch.arange(k_blocks, device=score.device)
     for b, span in enumerate(spans(batch, n_q, n_k, q_start, causal, first, last)):
@@ -113,3 +116,10 @@ def _(score, threshold, top_k, block_q, block_k, n_q, n_k, q_start, causal, wind
 def _(score, threshold, top_k, block_q, block_k, n_q, n_k, q_start=0, causal=True, window=0, sink=1, recent=1, first=None,
       last=None):
     return score.new_empty(score.shape[:3], dtype=torch.int32), score.new_empty(score.shape, dtype=torch.int32)
+
+
+def _lists(score, *rest):
+    return score.new_empty(score.shape[:3], dtype=torch.int32), score.new_empty(score.shape, dtype=torch.int32)
+
+
+native.add(select_blocks, _lists)

@@ -1,0 +1,172 @@
+// Block lists from block scores, row by row and without a full sort.
+//
+// Candidates fall into buckets by the leading bits of their score, counted down from the row's largest: 8 buckets an octave.
+// Buckets are sorted one by one from the top, and only until the rule is satisfied, so a row costs one pass over its scores
+// plus a sort of what it keeps. Mass is summed in double in exactly the reference's order.
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+#include <utility>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "../spans.h"
+#include "simd.h"
+
+namespace SA_NAMESPACE {
+namespace {
+
+constexpr int kRows = 16;         // rows per task
+constexpr int kBuckets = 256;     // 32 octaves; what is smaller shares the last bucket
+constexpr int kBucketShift = 20;  // of a float's bits: leaves 3 bits of mantissa
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// [low, high] is reachable, [own, high] the query block's own diagonal; as reach() in sparse_attn/ops/spans.py
+struct Reach {
+  int64_t low, own, high;
+};
+
+Reach reach(const SelectBlocks& a, const Span& span, int64_t block) {
+  const int64_t start = block * a.block_q, end = std::min(start + a.block_q, span.n_q);
+  if (!a.causal) {
+    const int64_t last = floor_div(span.n_k + a.block_k - 1, a.block_k) - 1;
+    return {0, last + 1, last};
+  }
+  const int64_t oldest = a.window ? std::max<int64_t>(0, span.q_start + start - a.window + 1) : 0;
+  return {oldest / a.block_k, (span.q_start + start) / a.block_k, floor_div(span.q_start + end - 1, a.block_k)};
+}
+
+// falling score, then rising block, as rising 64-bit numbers
+uint64_t rank_of(float score, int64_t block) { return uint64_t(~bits_from_float(score)) << 32 | uint32_t(block); }
+int64_t block_of(uint64_t rank) { return uint32_t(rank); }
+
+class Worker {
+ public:
+  explicit Worker(const SelectBlocks& args) : a_(args), k_blocks_(args.score.size[3]) {
+    Scratch& scratch = Scratch::mine();
+    scratch.reset(Scratch::bytes_for<float>(k_blocks_) + Scratch::bytes_for<uint64_t>(k_blocks_) + Scratch::bytes_for<uint8_t>(k_blocks_));
+    score_ = scratch.take<float>(k_blocks_);
+    sorted_ = scratch.take<uint64_t>(k_blocks_);
+    kept_ = scratch.take<uint8_t>(k_blocks_);
+  }
+
+  // looks at blocks out of reach and at padding too, as the reference does
+  bool is_mass(int64_t row) {
+    read(row, 0, k_blocks_);
+    bool good = true;
+    for (int64_t j = 0; j < k_blocks_; ++j) good &= score_[j] >= 0 && score_[j] <= FLT_MAX;
+    return good;
+  }
+
+  void select(int64_t row) {
+    const int64_t q_blocks = a_.score.size[2], block = row % q_blocks, head = row / q_blocks % a_.score.size[1];
+    const Span span = span_of(row / q_blocks / a_.score.size[1], a_.n_q, a_.n_k, a_.q_start, a_.causal, a_.padding);
+    int32_t* list = a_.indices + row * k_blocks_;
+    const int64_t count = block * a_.block_q < span.n_q ? choose(row, head, reach(a_, span, block), list) : 0;
+    a_.counts[row] = static_cast<int32_t>(count);
+    std::fill(list + count, list + k_blocks_, -1);
+  }
+
+ private:
+  // score_[low, end) of a row; adding 0 turns -0 into 0, whose bits are in order
+  void read(int64_t row, int64_t low, int64_t end) {
+    const View& v = a_.score;
+    const int64_t b = row / (v.size[1] * v.size[2]), head = row / v.size[2] % v.size[1], block = row % v.size[2];
+    const float* from = static_cast<const float*>(v.data) + b * v.stride[0] + head * v.stride[1] + block * v.stride[2];
+    read_row<Fp32>(from + low * v.stride[3], v.stride[3], end - low, score_ + low);
+    for (int64_t j = low; j < end; ++j) score_[j] += 0.f;
+  }
+
+  int64_t choose(int64_t row, int64_t head, Reach reach, int32_t* list) {
+    const int64_t low = std::max<int64_t>(0, reach.low), end = std::min(reach.high + 1, k_blocks_);
+    if (low >= end) return 0;
+    // the candidates lie between the leading and the trailing forced blocks
+    const int64_t first = std::clamp(a_.sink, low, end);
+    const int64_t last = a_.recent ? std::clamp(reach.own - (a_.recent - 1), first, end) : end;
+    std::memset(kept_ + low, 1, first - low), std::memset(kept_ + first, 0, last - first), std::memset(kept_ + last, 1, end - last);
+    read(row, low, end);
+    if (a_.threshold) cover(low, first, last, end, a_.threshold[head]);
+    else take(first, last, a_.top_k - (first - low) - (end - last));
+    int64_t count = 0;
+    for (int64_t j = low; j < end; ++j) {
+      list[count] = static_cast<int32_t>(j);
+      count += kept_[j];
+    }
+    return count;
+  }
+
+  // inclusive top-p over [low, end), whose ends outside [first, last) are forced and count
+  void cover(int64_t low, int64_t first, int64_t last, int64_t end, double share) {
+    if (share >= 1) return static_cast<void>(std::memset(kept_ + first, 1, last - first));
+    double total = 0, before = 0;
+    for (int64_t j = low; j < end; ++j) total += score_[j];
+    for (int64_t j = low; j < first; ++j) before += score_[j];
+    for (int64_t j = last; j < end; ++j) before += score_[j];
+    const double target = share * total;
+    falling(first, last, [&](int64_t j) {
+      if (!(before < target) || !(score_[j] > 0)) return false;
+      before += score_[j];
+      kept_[j] = 1;
+      return true;
+    });
+  }
+
+  void take(int64_t first, int64_t last, int64_t count) {
+    if (count >= last - first) return static_cast<void>(std::memset(kept_ + first, 1, last - first));
+    falling(first, last, [&](int64_t j) { return count-- > 0 && (kept_[j] = 1); });
+  }
+
+  // visit(j) for j in [first, last) by falling score, ties to the lower j, until it returns false
+  template <class Visit>
+  void falling(int64_t first, int64_t last, const Visit& visit) {
+    if (first >= last) return;
+    float top = 0;
+    for (int64_t j = first; j < last; ++j) top = std::max(top, score_[j]);
+    const int32_t top_bits = static_cast<int32_t>(bits_from_float(top));
+    const auto bucket = [&](int64_t j) {
+      return std::min(kBuckets - 1, (top_bits - static_cast<int32_t>(bits_from_float(score_[j]))) >> kBucketShift);
+    };
+    uint32_t end_of[kBuckets] = {};
+    for (int64_t j = first; j < last; ++j) ++end_of[bucket(j)];
+    uint32_t before = 0;
+    for (uint32_t& end : end_of) before += std::exchange(end, before);
+    for (int64_t j = first; j < last; ++j) sorted_[end_of[bucket(j)]++] = rank_of(score_[j], j);
+    uint32_t at = 0;
+    for (const uint32_t end : end_of) {
+      if (at == end) continue;
+      std::sort(sorted_ + at, sorted_ + end);
+      for (; at < end; ++at)
+        if (!visit(block_of(sorted_[at]))) return;
+    }
+  }
+
+  const SelectBlocks& a_;
+  const int64_t k_blocks_;
+  float* score_;
+  uint64_t* sorted_;
+  uint8_t* kept_;
+};
+
+}  // namespace
+
+void select_blocks(const SelectBlocks& args, const Parallel& parallel) {
+  const View& v = args.score;
+  const int64_t heads = v.size[1], q_blocks = v.size[2], rows = v.size[0] * heads * q_blocks, tasks = (rows + kRows - 1) / kRows;
+  std::atomic<int64_t> bad{rows};
+  parallel_tasks(parallel, tasks, [&](TaskQueue& queue) {
+    Worker worker(args);
+    for (int64_t task; queue.take(&task);)
+      for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row)
+        if (!worker.is_mass(row)) bad = row;
+  });
+  SA_CHECK(bad == rows, "score has a NaN, infinite or negative entry for batch row ", bad / q_blocks / heads, ", head ",
+           bad / q_blocks % heads, ", query block ", bad % q_blocks, "; mass is finite and not negative");
+  parallel_tasks(parallel, tasks, [&](TaskQueue& queue) {
+    Worker worker(args);
+    for (int64_t task; queue.take(&task);)
+      for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) worker.select(row);
+  });
+}
+
+}  // namespace SA_NAMESPACE
