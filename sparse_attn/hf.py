@@ -67,35 +67,36 @@ class _Call:
     kwargs: dict
     log: LayerLog | None
 
-    def by_sdpa(self, mask: Tensor | None, causal: bool, reason: str) -> Tensor:
+    def by_sdpa(self, mask: Tensor | None, causal: bool, reason: str, n_seen: int | None = None) -> Tensor:
         """Exactly what transformers' sdpa would return, or its eager formula where SDPA has no word for it."""
         if self.softcap or self.sinks is not None:
             out, backend = masked_attention(self.q, self.k, self.v, mask, self.scale, self.softcap, self.sinks, self.dropout), "torch"
         else:
             out, backend = sdpa_attention_forward(self.module, self.q, self.k, self.v, mask, dropout=self.dropout,
                                                   scaling=self.scale, is_causal=causal, **self.kwargs)[0], "sdpa"
-        self._note(backend, reason)
+        self._note(backend, reason, n_seen if n_seen is not None else self.k.shape[2])
         return out
 
     def by_layout(self, layout: Layout, reason: str) -> Tensor:
         """Dense, with the mask that the layout describes."""
         n_q = self.q.shape[2]
+        n_seen = layout.q_start + n_q
         special = bool(self.softcap) or self.sinks is not None
         large = special or (not layout.plain(n_q) and n_q * layout.n_k > _MASK_ENTRIES)
         if large and n_q >= _FEW_QUERIES and self.ours_can() is None and not layout.holes:
             attended = self._attend(layout, Dense())
-            self._note(self._backend(attended, layout)[0], reason)
+            self._note(self._backend(attended, layout)[0], reason, n_seen)
             return attended.out.transpose(1, 2).contiguous()
         if special or not layout.plain(n_q) or self.kwargs.get("position_bias") is not None:
-            return self.by_sdpa(layout.allowed(n_q, self.q.device), False, reason)
-        return self.by_sdpa(None, True, reason)
+            return self.by_sdpa(layout.allowed(n_q, self.q.device), False, reason, n_seen)
+        return self.by_sdpa(None, True, reason, n_seen)
 
     def by_selector(self, layout: Layout, selector: Selector) -> Tensor:
         """Over what the selector chooses."""
         attended = self._attend(layout, selector)
         if self.log is not None and not torch.compiler.is_compiling():
             if attended.plan.blocks is None:
-                self._note(self._backend(attended, layout)[0], "the method reads everything")
+                self._note(self._backend(attended, layout)[0], "the method reads everything", layout.q_start + self.q.shape[2])
             else:
                 density = attended.plan.blocks.head_density()
                 density = density.repeat_interleave(self.q.shape[1] // len(density))
@@ -136,9 +137,9 @@ class _Call:
             refusals.append(f"{op.name}: {name}: {refusal}")
         return chosen, refusals
 
-    def _note(self, backend: str, reason: str) -> None:
+    def _note(self, backend: str, reason: str, n_seen: int) -> None:
         if self.log is not None and not torch.compiler.is_compiling():
-            self.log.dense(backend, reason, self.q.shape[2], self.q.shape[1], self.k.shape[2])
+            self.log.dense(backend, reason, self.q.shape[2], self.q.shape[1], n_seen)
 
 
 def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -156,8 +157,9 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
 
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = allowed_traced(attention_mask, n_q, n_k)
-    if attention_mask is None and not causal and chosen is None:
-        return call.by_sdpa(None, False, "not causal"), None
+    if not causal and (attention_mask is None or attention_mask.dim() == 2 and attention_mask.dtype != torch.int64):
+        # an encoder or a cross-attention; a code says by itself that it is causal
+        return call.by_sdpa(None if attention_mask is None else attention_mask[:, None, None].bool(), False, "not causal"), None
 
     unwanted = _why_dense(config, module, n_q, n_k)
     refusal = call.ours_can()
@@ -339,7 +341,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention",
             model.generate(**inputs)
             print(patched.report())
     """
-    require(isinstance(model, PreTrainedModel), f"patch needs a transformers model, got {type(model).__name__}")
+    require(isinstance(model, PreTrainedModel),
+            f"patch needs a transformers model, got {type(model).__name__}; patch before compiling or wrapping it")
     config = SparseAttnConfig(as_selector(prefill), dense_layers, dense_below, min_queries)
     tower = _text_model(model)
     for cls in (type(model), type(tower)):
@@ -372,6 +375,9 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 
 def _register() -> None:
+    # transformers reads these in a name as a request for something else
+    trapped = [name for name in PATTERNS if any(trap in name for trap in ("flash", "sdpa", "flex_attention", "eager", "/", ":", "|"))]
+    require(not trapped, f"the method name {trapped[0] if trapped else ''} means something else to transformers; rename it")
     configs = {name: SparseAttnConfig(prefill=cls()) for name, cls in PATTERNS.items()} | {PATCHED: SparseAttnConfig()}
     for name, config in configs.items():
         AttentionInterface.register(name, functools.partial(_attention, config))
