@@ -40,8 +40,8 @@ FAMILIES = {
     "DeepseekV3": MLA | MOE,
     "Mistral": dict(sliding_window=WINDOW),
     "Cohere2": HYBRID,
-    "SmolLM3": dict(num_hidden_layers=4, use_sliding_window=False),
-    "Llama4": dict(MOE, num_hidden_layers=4, attention_chunk_size=32, intermediate_size_mlp=96, no_rope_layers=[1, 1, 1, 0]),
+    "SmolLM3": dict(no_rope_layers=[1, 0], use_sliding_window=False),
+    "Llama4": dict(MOE, attention_chunk_size=32, intermediate_size_mlp=96, no_rope_layers=[1, 0]),
     "Olmo2": {},
     "GPTNeoX": {},
     "Starcoder2": dict(sliding_window=None),
@@ -147,8 +147,12 @@ def models():
 # -- nothing dropped ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = ("unpadded", "left", "right", "chunked_left", "static_left")
+ROWS = [(f, s) for f in FAMILIES for s in (SCENARIOS if f in ("Llama", "Gemma2") else EVERY_FAMILY)]
+
+
+@pytest.mark.filterwarnings("ignore:Llama4TextAttention runs dense")
+@pytest.mark.parametrize("family, scenario", ROWS)
 def test_dense_threshold_equals_eager(models, family, scenario):
     model = models(family)
     want = logits(model, scenario)
@@ -157,3 +161,386 @@ def test_dense_threshold_equals_eager(models, family, scenario):
         report = patched.report()
     assert any(row.sparse_calls for row in report.layers), f"nothing ran sparse:\n{report}"
     assert_same(got, want)
+
+
+def test_the_window_reaches_families_that_do_not_pass_it_on(models):
+    """Qwen2-MoE masks a window but never tells its attention function; only the mask knows."""
+    model = models("Qwen2Moe")
+    seen = []
+    original = sparse_hf.sparse_attention
+    sparse_hf.sparse_attention = lambda q, kv, ctx, selector: seen.append(ctx.window) or original(q, kv, ctx, selector)
+    try:
+        with sparse_attn.patch(model, **EXACT):
+            logits(model, "unpadded")
+    finally:
+        sparse_hf.sparse_attention = original
+    assert set(seen) == {0, WINDOW}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("mode", ["greedy", "beams", "sampling", "chunked", "static", "lookup"])
+def test_generate_gives_the_same_tokens(models, family, mode):
+    model = models(family)
+    ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
+    options = {
+        "greedy": {}, "beams": dict(num_beams=3, num_return_sequences=2), "sampling": dict(do_sample=True, temperature=0.7),
+        "chunked": dict(prefill_chunk_size=32), "static": dict(cache_implementation="static", disable_compile=True),
+        "lookup": dict(prompt_lookup_num_tokens=4),
+    }[mode]  # fmt: skip
+    if mode == "lookup":
+        ids = ids[:1, :20].repeat(1, 4)
+        mask = torch.ones_like(ids)
+
+    def run():
+        torch.manual_seed(3)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=6, **{"do_sample": False, **options})
+
+    want = run()
+    with sparse_attn.patch(model, **EXACT) as patched:
+        got = run()
+        rows = patched.report().layers
+    assert torch.equal(got, want)
+    assert all(row.sparse_calls for row in rows) and all(row.sparse_calls + row.dense_calls + row.decode_calls >= 6 for row in rows
+                                                         if mode not in ("lookup", "chunked"))
+
+
+@torch.no_grad()
+def test_compiled_graphs_are_whole_and_exact(models):
+    model = models("Llama")
+    ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
+    want, want_padded = model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]
+    with sparse_attn.patch(model, **EXACT):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_same(compiled(ids).logits, want)
+        cache = StaticCache(config=model.config, max_cache_len=TOKENS + 16)
+        assert_same(compiled(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()], want_padded)
+    torch._dynamo.reset()
+
+
+# -- something dropped ----------------------------------------------------------------------------------------------------
+
+SPARSE = dict(prefill=XAttention(threshold=0.3, block=16, stride=4), dense_below=0, min_queries=8)
+
+
+@torch.no_grad()
+def test_a_padded_row_equals_the_row_alone_when_blocks_are_dropped(models):
+    model = models("Llama")
+    ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
+    with sparse_attn.patch(model, **SPARSE) as patched:
+        together = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        for row, pad in enumerate((0, 19, 33)):
+            assert_same(together[row, pad:], model(ids[row : row + 1, pad:]).logits[0])
+        assert patched.report().density < 0.9
+
+
+@torch.no_grad()
+def test_a_lower_threshold_reads_less_and_keeps_a_planted_key(models):
+    """Copies of one rare token among one filler token: the copy's block holds the mass, so dropping blocks must not drop it."""
+    model = models("Llama")
+    ids, density, changed = tokens(1)[:, :TOKENS], [], []
+    dense = model(ids).logits
+    for threshold in (1.0, 0.6, 0.0):
+        selector = XAttention(threshold=threshold, block=16, stride=4, sink=0)
+        with sparse_attn.patch(model, prefill=selector, dense_below=0, min_queries=8) as patched:
+            changed.append(float((model(ids).logits - dense).abs().max()))
+            density.append(patched.report().density)
+    assert density[0] == 1.0 and density[0] > density[1] > density[2]
+    assert abs(density[2] - 5 / 15) < 1e-9, "threshold 0 without sinks reads each query block's own diagonal only"
+    assert changed[0] < 1e-4 < changed[1] < changed[2]
+
+
+@torch.no_grad()
+def test_report_counts_calls_density_and_reasons(models):
+    model = models("Llama")
+    ids = tokens(2)[:, :TOKENS]
+    with sparse_attn.patch(model, prefill=SPARSE["prefill"], dense_layers=(0,), dense_below=40, min_queries=8) as patched:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        model(ids[:, :39])
+        first, second = patched.report().layers
+        assert (first.sparse_calls, first.dense_calls, first.decode_calls) == (0, 2, 2)
+        assert (second.sparse_calls, second.dense_calls, second.decode_calls) == (1, 1, 2)
+        assert first.density == 1.0 and first.head_density == (1.0,) * 4
+        assert first.backend == "sdpa" and second.backend not in ("", "sdpa")
+        assert first.reasons == {"layer is in dense_layers": 2, "decoding": 2}
+        assert second.reasons == {"fewer than 40 keys": 1, "decoding": 2}
+        assert len(second.head_density) == 4 and second.density < 1.0
+        long, short = TOKENS * (TOKENS + 1) / 2, 39 * 40 / 2
+        patched.report().reset()
+        model(ids)
+        alone = patched.report().layers[1].density
+        assert second.density == pytest.approx((alone * long + short) / (long + short), abs=1e-6)
+        table = str(patched.report())
+        assert "layer is in dense_layers (1)" in table and f"{alone:.3f}" in table
+        patched.report().reset()
+        assert patched.report().density == 1.0 and not any(r.sparse_calls for r in patched.report().layers)
+
+
+# -- leaving no trace -----------------------------------------------------------------------------------------------------
+
+
+def traces(model) -> list:
+    """Everything that patching could leave behind."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return [[sorted(m.__dict__) for m in model.modules()], hooks, model.config._attn_implementation, model.config.to_json_string()]
+
+
+@torch.no_grad()
+def test_undo_restores_the_model_bit_for_bit(models):
+    model = models("Gemma2")
+    before, want = traces(model), logits(model, "left")
+    handle = sparse_attn.patch(model, **SPARSE)
+    assert not torch.equal(logits(model, "left"), want)
+    handle.undo()
+    handle.undo()
+    assert torch.equal(logits(model, "left"), want) and traces(model) == before
+    with pytest.raises(RuntimeError, match="stop here"), sparse_attn.patch(model, **SPARSE):
+        raise RuntimeError("stop here")
+    assert torch.equal(logits(model, "left"), want) and traces(model) == before
+
+
+@torch.no_grad()
+def test_a_second_patch_is_refused_and_changes_nothing(models):
+    model = models("Llama")
+    with sparse_attn.patch(model, **SPARSE) as patched:
+        inside = logits(model, "left")
+        with pytest.raises(ContractError, match="patched already; call undo"):
+            sparse_attn.patch(model)
+        assert torch.equal(logits(model, "left"), inside)
+        assert patched.report().density < 1.0
+    assert "sparse_attn" not in model.config.to_json_string()
+
+
+@torch.no_grad()
+def test_names_work_without_patch(models):
+    """By name the defaults hold: short prompts run dense."""
+    model = models("Llama")
+    want = logits(model, "left")
+    model.set_attn_implementation("xattention")
+    try:
+        assert_same(logits(model, "left"), want)
+    finally:
+        model.set_attn_implementation("eager")
+    assert torch.equal(logits(model, "left"), want)
+
+
+def test_importing_sparse_attn_does_not_import_transformers_but_registers_with_it(tmp_path):
+    script = """
+        import sys, sparse_attn
+        assert "transformers" not in sys.modules and "triton" not in sys.modules
+        from transformers import LlamaConfig, LlamaForCausalLM
+        config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+        model = LlamaForCausalLM.from_pretrained(sys.argv[1], attn_implementation="xattention")
+        assert model.config._attn_implementation == "xattention"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True, capture_output=True, timeout=120)
+
+
+# -- what cannot be expressed ---------------------------------------------------------------------------------------------
+
+
+def test_inputs_that_require_grad_run_dense_with_one_warning(models):
+    model = models("Llama")
+    ids = tokens(1)[:, :TOKENS]
+    want = model(ids).logits
+    with sparse_attn.patch(model, **SPARSE) as patched, pytest.warns(UserWarning, match="requires grad; run under") as caught:
+        got = model(ids).logits
+        got.sum().backward()
+        assert not any(row.sparse_calls for row in patched.report().layers)
+    model.zero_grad(set_to_none=True)
+    assert len([w for w in caught if "requires grad" in str(w.message)]) == 1
+    assert_same(got.detach(), want.detach())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss"])
+def test_a_mask_with_holes_and_a_4d_mask_run_dense_and_exact(models, family):
+    model = models(family)
+    ids = tokens(2)[:, :TOKENS]
+    holes = torch.ones_like(ids)
+    holes[0, 20:30] = 0
+    full = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    full = torch.where(full, 0.0, torch.finfo(torch.float32).min)
+    want = model(ids, attention_mask=holes).logits[holes.bool()], model(ids, attention_mask=full).logits
+    with sparse_attn.patch(model, **SPARSE) as patched:
+        with pytest.warns(UserWarning, match="not one run; pad on one side"):
+            assert_same(model(ids, attention_mask=holes).logits[holes.bool()], want[0])
+        if family == "Llama":
+            with pytest.warns(UserWarning, match="not plain causal"):
+                assert_same(model(ids, attention_mask=full).logits, want[1])
+        assert not any(row.sparse_calls for row in patched.report().layers)
+
+
+@torch.no_grad()
+def test_packed_sequences_stay_apart(models):
+    model = models("Llama")
+    ids = tokens(1)[:, :TOKENS]
+    positions = torch.cat([torch.arange(50), torch.arange(TOKENS - 50)])[None]
+    want = model(ids, position_ids=positions, use_cache=False).logits
+    with sparse_attn.patch(model, **SPARSE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(model(ids, position_ids=positions, use_cache=False).logits, want)
+
+
+def encoder_decoder(name: str):
+    tiny_sizes = dict(vocab_size=VOCAB, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, dropout=0.0,
+                      decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=0,
+                      bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    torch.manual_seed(0)
+    if name == "Bart":
+        config, cls = transformers.BartConfig(**tiny_sizes), transformers.BartForConditionalGeneration
+    elif name == "Whisper":
+        config = transformers.WhisperConfig(**tiny_sizes, num_mel_bins=8, max_source_positions=40, max_target_positions=128)
+        cls = transformers.WhisperForConditionalGeneration
+    else:
+        config = transformers.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, num_heads=4, d_ff=64, num_layers=1, pad_token_id=0,
+                                       num_decoder_layers=2, decoder_start_token_id=0, dropout_rate=0.0)
+        cls = transformers.T5ForConditionalGeneration
+    return cls._from_config(config, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Bart", "Whisper", "T5"])
+def test_only_the_self_attention_of_a_decoder_runs_sparse(name):
+    model = encoder_decoder(name)
+    target, source = tokens(2)[:, :48], tokens(2)[:, :TOKENS]
+    mask = padded("right")[1:, :TOKENS]
+    inputs = dict(input_features=torch.randn(2, 8, 80)) if name == "Whisper" else dict(input_ids=source, attention_mask=mask)
+    target_mask = (torch.arange(48) >= torch.tensor([[0], [10]])).long()
+    want = model(**inputs, decoder_input_ids=target, decoder_attention_mask=target_mask).logits
+    with sparse_attn.patch(model, **EXACT) as patched, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = model(**inputs, decoder_input_ids=target, decoder_attention_mask=target_mask).logits
+        rows = patched.report().layers
+    assert_same(got[target_mask.bool()], want[target_mask.bool()])
+    sparse = [row.name for row in rows if row.sparse_calls]
+    assert len(sparse) == (0 if name == "T5" else 2) and all("decoder" in n and "encoder_attn" not in n for n in sparse)
+    assert name != "T5" or any("position bias" in reason for row in rows for reason in row.reasons)
+
+
+@torch.no_grad()
+def test_only_the_text_tower_of_a_vision_model_is_patched():
+    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                           image_size=16, patch_size=4, projection_dim=32)
+    text = transformers.LlamaConfig(**TINY)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    ids = tokens(2)[:, :TOKENS].masked_fill(tokens(2)[:, :TOKENS] == 5, 6)
+    ids[:, 10:26] = 5
+    mask = (torch.arange(TOKENS) >= torch.tensor([[0], [9]])).long()
+    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))
+    want = model(**inputs).logits[mask.bool()]
+    with sparse_attn.patch(model, **EXACT) as patched:
+        assert_same(model(**inputs).logits[mask.bool()], want)
+        rows = patched.report().layers
+        assert model.model.vision_tower.config._attn_implementation == "eager"
+    assert len(rows) == 2 and all(row.sparse_calls == 1 and "vision" not in row.name for row in rows)
+    assert model.config.text_config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_a_model_with_its_own_key_indexer_keeps_its_choice():
+    torch.manual_seed(0)
+    config = transformers.DeepseekV32Config(**{**TINY, **MLA, **MOE}, index_n_heads=2, index_head_dim=32, index_topk=16)
+    model = sharpened(transformers.DeepseekV32ForCausalLM._from_config(config, attn_implementation="sdpa"))
+    ids = tokens(1)[:, :TOKENS]
+    want = model(ids).logits
+    with sparse_attn.patch(model, **SPARSE) as patched, pytest.warns(UserWarning, match="the model chooses its own keys"):
+        assert_same(model(ids).logits, want)
+        assert not any(row.sparse_calls for row in patched.report().layers)
+
+
+def test_a_model_that_computes_attention_itself_is_refused():
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2)
+    model = transformers.BloomForCausalLM(config)
+    with pytest.raises(ContractError, match="BloomForCausalLM computes attention itself and cannot be driven"):
+        sparse_attn.patch(model)
+    by_name = transformers.BloomForCausalLM._from_config(copy.deepcopy(config), attn_implementation="xattention")
+    with pytest.raises(ContractError, match="cannot be driven; load it without attn_implementation"):
+        by_name(tokens(1))
+
+
+# -- bad input and the JSON form ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad, sentence", [
+    (dict(prefill="xatention"), "'xatention': no such method; there are dense, xattention"),
+    (dict(prefill={"name": "xattention", "stired": 8}), "xattention has no argument 'stired'; it has threshold, stride"),
+    (dict(prefill={"name": "dense", "threshold": 1}), "dense has no argument 'threshold'; it takes none"),
+    (dict(prefill={"threshold": 0.9}), "the method has no 'name'"),
+    (dict(prefill={"name": "xattention", "threshold": 1.5}), r"threshold=1.5 is outside \[0, 1\]"),
+    (dict(prefill={"name": "xattention", "threshold": "high"}), "xattention cannot take"),
+    (dict(prefill=XAttention), "a method is a name, a dict with 'name', or a selector object"),
+    (dict(dense_layers=(7,)), "dense_layers names layer 7 but the model has 2"),
+    (dict(dense_layers=(-1,)), "layers are counted from 0"),
+    (dict(dense_layers=1), "must list layer indices"),
+    (dict(dense_below=-1), "dense_below=-1 must be a number of tokens"),
+    (dict(min_queries=0.5), "min_queries=0.5 must be a number of tokens"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_and_touches_nothing(models, bad, sentence):
+    model = models("Llama")
+    before = traces(model)
+    with pytest.raises(ContractError, match=sentence):
+        sparse_attn.patch(model, **bad)
+    assert traces(model) == before
+
+
+def test_something_else_than_a_model_is_refused():
+    with pytest.raises(ContractError, match="patch needs a transformers model, got Linear"):
+        sparse_attn.patch(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("config", [
+    SparseAttnConfig(),
+    SparseAttnConfig("xattention", dense_layers=[0, 1], dense_below=0),
+    SparseAttnConfig(XAttention(threshold=((0.1, 0.9), (1, 0.3)), stride=16), min_queries=2),
+])  # fmt: skip
+def test_the_json_form_round_trips(config):
+    assert SparseAttnConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_json_shorthands_and_mistakes():
+    assert SparseAttnConfig.from_json("xattention").prefill == XAttention()
+    assert SparseAttnConfig.from_json({"prefill": "dense"}) == SparseAttnConfig(Dense())
+    assert SparseAttnConfig.from_json({"prefill": {"name": "xattention", "stride": 4}}).prefill == XAttention(stride=4)
+    with pytest.raises(ContractError, match="the config has no entry 'prefil'; it has prefill, dense_layers"):
+        SparseAttnConfig.from_json({"prefil": "dense"})
+    with pytest.raises(ContractError, match="a config is a method name or a dict, got list"):
+        SparseAttnConfig.from_json([])
+
+
+# -- tensor parallel ------------------------------------------------------------------------------------------------------
+
+SHARDED = """
+    import os, sys, torch, sparse_attn
+    from transformers import AutoModelForCausalLM
+    ids, mask = torch.load(sys.argv[2])
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+    with torch.no_grad(), sparse_attn.patch(model, prefill={"name": "xattention", "threshold": 1.0, "block": 16, "stride": 4},
+                                            dense_below=0) as patched:
+        found = model(ids, attention_mask=mask).logits
+        rows = patched.report().layers
+    assert all(row.sparse_calls == 1 and len(row.head_density) == 2 for row in rows), patched.report()
+    if int(os.environ["RANK"]) == 0:
+        torch.save(found, sys.argv[3])
+"""
+
+
+def test_two_tensor_parallel_processes_equal_one(models, tmp_path):
+    pytest.importorskip("accelerate", reason="tp_plan needs accelerate; pip install accelerate")
+    model = models("Llama")
+    ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+    model.save_pretrained(tmp_path / "model")
+    torch.save((ids, mask), tmp_path / "inputs.pt")
+    (tmp_path / "sharded.py").write_text(textwrap.dedent(SHARDED))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--nnodes", "1",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", tmp_path / "sharded.py", tmp_path / "model",
+               tmp_path / "inputs.pt", tmp_path / "found.pt"]  # fmt: skip
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(torch.load(tmp_path / "found.pt")[mask.bool()], want[mask.bool()])
