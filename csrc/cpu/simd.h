@@ -28,7 +28,8 @@ typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
-SA_INLINE F32 splat(float x) { return F32{} + x; }
+// x - 0 is x to the compiler, a broadcast; 0 + x is not (-0) and costs an addition
+SA_INLINE F32 splat(float x) { return x - F32{}; }
 SA_INLINE I32 splat(int32_t x) { return I32{} + x; }
 SA_INLINE I32 lane_numbers() {
   I32 x{};
