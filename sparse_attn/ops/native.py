@@ -51,6 +51,14 @@ def available() -> list[str]:
 
 
 @functools.cache
+def _lacks(isa: str, name: str) -> str | None:
+    """A library built before an op was added."""
+    if hasattr(getattr(torch.ops, f"sparse_attn_cpu_{isa}"), name):
+        return None
+    return f"the {isa} library is older than this op; rebuild with python setup.py build_ext --inplace"
+
+
+@functools.cache
 def _kernel(isa: str, name: str) -> Callable:
     return getattr(getattr(torch.ops, f"sparse_attn_cpu_{isa}"), name).default
 
@@ -73,7 +81,7 @@ def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | N
         for arg in args:
             if isinstance(arg, Tensor) and arg.device.type != "cpu":
                 return f"needs CPU tensors, got {arg.device}"
-        return why_not(isa) or refuses(isa, *args)
+        return why_not(isa) or _lacks(isa, op.name) or refuses(isa, *args)
 
     def run(*args, out=None):
         results = outputs(*args) if out is None else out
