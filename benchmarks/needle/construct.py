@@ -147,10 +147,10 @@ def fit_window(width: int, slope: float, drop: float) -> Tensor:
     return _least(loss, pairs)
 
 
-def _codes(count: int, channels: int, generator: torch.Generator, steps: int = 300) -> Tensor:
+def _codes(count: int, channels: int, generator: torch.Generator, steps: int = 100) -> Tensor:
     """Unit vectors pushed apart, ``[count, channels]``."""
     codes = torch.randn(count, channels, generator=generator, dtype=torch.float64).requires_grad_()
-    solver = torch.optim.Adam([codes], lr=0.02)
+    solver = torch.optim.Adam([codes], lr=0.05)
     for _ in range(steps):
         solver.zero_grad()
         unit = torch.nn.functional.normalize(codes, dim=1)

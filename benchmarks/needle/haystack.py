@@ -25,16 +25,16 @@ NAMES = tuple("ALPHA BRAVO CEDAR DELTA EMBER FLINT GROVE HAVEN INLET JUNIPER KAR
 
 _WORDS = {
     "who": "the teacher|the baker|a farmer|my neighbour|the captain|a student|the gardener|an old sailor|the painter|"
-    "a young doctor|the librarian|the driver|her cousin|his uncle|the mayor|a traveller|the carpenter|the nurse|"
+    "a doctor|the librarian|the driver|her cousin|his uncle|the mayor|a traveller|the carpenter|the nurse|"
     "our guide|the clerk|a musician|the miller|the widow|a child",
     "did": "carried|found|painted|repaired|sold|borrowed|described|forgot|counted|moved|cleaned|wrapped|watched|"
     "measured|hid|bought|kept|opened|lifted|dropped|studied|polished|packed|returned",
     "what": "wooden chair|basket|letter|lamp|blanket|bicycle|kettle|ladder|picture|clock|bucket|coat|map|table|"
     "bottle|rope|window|garden gate|box of apples|bag of flour|pile of books|pair of boots|loaf of bread|radio",
-    "how": "old|small|heavy|broken|clean|bright|narrow|round|plain|dusty|warm|cheap|empty|large|strange|quiet|dry|soft",
+    "how": "worn|small|heavy|broken|clean|bright|narrow|round|plain|dusty|warm|cheap|square|large|strange|quiet|dry|soft",
     "where": "near the river|behind the church|in the market|on the hill|at the station|beside the road|in the kitchen|"
     "under the bridge|by the harbour|across the field|at the school|in the forest|near the mill|outside the town|"
-    "on the porch|at the corner|in the cellar|along the coast|beyond the orchard|in the square",
+    "on the porch|at the corner|in the cellar|along the coast|beyond the orchard|by the fountain",
     "when": "in the morning|before noon|after the storm|last winter|on Monday|late at night|during the festival|"
     "early in spring|on a cold day|after lunch|before the rain|in the evening|on Friday|that summer|at dawn|"
     "at the end of the week|once the snow melted|while the bells rang",
