@@ -205,8 +205,9 @@ def test_generate_gives_the_same_tokens(models, family, mode):
 
 
 @torch.no_grad()
-def test_compiled_graphs_are_whole_and_exact(models):
-    model = models("Llama")
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_compiled_graphs_are_whole_and_exact(models, family):
+    model = models(family)
     ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
     want, want_padded = model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]
     with sparse_attn.patch(model, **EXACT):
@@ -235,8 +236,21 @@ def test_a_padded_row_equals_the_row_alone_when_blocks_are_dropped(models):
 
 
 @torch.no_grad()
-def test_a_lower_threshold_reads_less_and_keeps_a_planted_key(models):
-    """Copies of one rare token among one filler token: the copy's block holds the mass, so dropping blocks must not drop it."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_part_in_the_density(models, side):
+    model = models("Llama")
+    ids, mask = tokens()[2:, :TOKENS], padded(side)[2:, :TOKENS]
+    with sparse_attn.patch(model, **SPARSE) as patched:
+        found = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[mask.bool()]
+        with_padding = patched.report().layers
+        patched.report().reset()
+        assert_same(found, model(ids[mask.bool()][None]).logits[0])
+        for got, alone in zip(with_padding, patched.report().layers, strict=True):
+            assert got.head_density == pytest.approx(alone.head_density)
+
+
+@torch.no_grad()
+def test_a_lower_threshold_reads_less_and_changes_more(models):
     model = models("Llama")
     ids, density, changed = tokens(1)[:, :TOKENS], [], []
     dense = model(ids).logits

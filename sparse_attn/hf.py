@@ -30,26 +30,17 @@ from . import ops
 from .attention import Attended, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .errors import ContractError, require
+from .handle import PATCHED, Handle, layer_of
 from .layout import Layout, allowed_traced, encode, layout_of
-from .masked import masked_attention
+from .masked import masked_attention, only_listed
 from .patterns import PATTERNS, Dense
-from .report import LayerLog, Report
+from .report import LayerLog
 from .types import LayerContext, ResidentKV, Selector, dense_index
 
-# what a patched model's config says; never written to disk
-PATCHED = "sparse_attn"
 # bool entries of a mask that SDPA may be given; beyond that the full list is walked without one (8K x 8K is 64 MiB)
 _MASK_ENTRIES = 1 << 26
 # fewer queries than this over softcapped or sink logits are computed in plain torch, without building a list
 _FEW_QUERIES = 16
-
-
-@dataclass(eq=False)
-class _Patched:
-    """What patch() leaves on an attention module."""
-
-    config: SparseAttnConfig
-    log: LayerLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +74,8 @@ class _Call:
         n_seen = layout.q_start + n_q
         special = bool(self.softcap) or self.sinks is not None
         large = special or (not layout.plain(n_q) and n_q * layout.n_k > _MASK_ENTRIES)
-        if large and n_q >= _FEW_QUERIES and self.ours_can() is None and not layout.holes:
+        ours = n_q >= _FEW_QUERIES and self.ours_can() is None and not layout.holes and not torch.compiler.is_compiling()
+        if large and ours:
             attended = self._attend(layout, Dense())
             self._note(self._backend(attended, layout)[0], reason, n_seen)
             return attended.out.transpose(1, 2).contiguous()
@@ -105,7 +97,7 @@ class _Call:
 
     def ours_can(self) -> str | None:
         """None if our op can compute this call, else why not."""
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v, self.sinks) if t is not None):
             return "an input requires grad; run under torch.no_grad() or torch.inference_mode()"
         if self.dropout:
             return "attention dropout is on; call model.eval()"
@@ -116,7 +108,7 @@ class _Call:
         return None
 
     def _context(self, layout: Layout) -> LayerContext:
-        return LayerContext(_layer(self.module), self.scale, layout.q_start, True, layout.first, layout.last, layout.window,
+        return LayerContext(layer_of(self.module), self.scale, layout.q_start, True, layout.first, layout.last, layout.window,
                             self.softcap, self.sinks)
 
     def _attend(self, layout: Layout, selector: Selector) -> Attended:
@@ -157,10 +149,10 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
 
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = allowed_traced(attention_mask, n_q, n_k)
-    if not causal and (attention_mask is None or attention_mask.dim() == 2 and attention_mask.dtype != torch.int64):
+    if not causal and chosen is None and (attention_mask is None or attention_mask.dtype != torch.int64):
         # an encoder or a cross-attention; a code says by itself that it is causal
-        return call.by_sdpa(None if attention_mask is None else attention_mask[:, None, None].bool(), False, "not causal"), None
-
+        padding = attention_mask is not None and attention_mask.dim() == 2
+        return call.by_sdpa(attention_mask[:, None, None].bool() if padding else attention_mask, False, "not causal"), None
     unwanted = _why_dense(config, module, n_q, n_k)
     refusal = call.ours_can()
     layout = None
@@ -174,7 +166,13 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
         refusal = refusal or "its mask is not plain causal, sliding or padded"
     if chosen is not None:
         refusal = "the model chooses its own keys"
-        attention_mask = _native_choice(call, layout.allowed(n_q, query.device) if layout else attention_mask, indices, block_indices)
+        attention_mask = layout.allowed(n_q, query.device) if layout else attention_mask
+        if indices is not None:
+            attention_mask = only_listed(attention_mask, indices, n_k)
+        else:
+            positions = kwargs.get("position_ids", torch.arange(n_k - n_q, n_k, device=query.device)[None])
+            attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, n_k, query.dtype, query.device,
+                                                             positions.expand(query.shape[0], -1))
         layout = None
     if unwanted is None and refusal is None:
         return call.by_selector(layout, config.prefill), None
@@ -190,27 +188,13 @@ def _why_dense(config: SparseAttnConfig, module: torch.nn.Module, n_q: int, n_k:
         return "decoding"
     if isinstance(config.prefill, Dense):
         return "prefill is dense"
-    if _layer(module) in config.dense_layers:
+    if layer_of(module) in config.dense_layers:
         return "layer is in dense_layers"
     if n_q < config.min_queries:
         return f"fewer than {config.min_queries} queries"
     if n_k < config.dense_below:
         return f"fewer than {config.dense_below} keys"
     return None
-
-
-def _native_choice(call: _Call, mask: Tensor, indices: Tensor | None, block_indices: Tensor | None) -> Tensor:
-    """The mask under which transformers' sdpa computes a model that brings its own key indexer."""
-    n_k = call.k.shape[2]
-    if indices is not None:
-        listed = indices.long().masked_fill(indices < 0, n_k)
-        keep = mask.new_zeros(*listed.shape[:2], n_k + 1, dtype=torch.bool).scatter_(-1, listed, True)[:, None, :, :n_k]
-        return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
-    positions = call.kwargs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(n_k - call.q.shape[2], n_k, device=call.q.device)[None]
-    return call.module.indexer.build_block_mask(block_indices, mask, n_k, call.q.dtype, call.q.device,
-                                                positions.expand(call.q.shape[0], -1))
 
 
 def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
@@ -280,44 +264,6 @@ def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
-def _layer(module: torch.nn.Module) -> int:
-    return getattr(module, "layer_idx", None) or 0
-
-
-class Handle:
-    """A patched model, until ``undo()``; also a context manager."""
-
-    def __init__(self, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig):
-        self.config = config
-        self._modules = modules
-        self._configs = [(c, c._attn_implementation) for c in configs]
-        for name, module in modules.items():
-            module._sparse_attn = _Patched(config, LayerLog(name, _layer(module)))
-        for c in configs:
-            c._attn_implementation_internal = PATCHED
-
-    def report(self) -> Report:
-        """Per layer: backend, density, calls and why they ran dense, since the patch or the last ``report().reset()``.
-
-        Calls inside a torch.compile graph are not counted.
-        """
-        return Report([m._sparse_attn.log for m in self._modules.values() if "_sparse_attn" in m.__dict__])
-
-    def undo(self) -> None:
-        """Put the model back exactly as it was; doing so twice is harmless."""
-        for module in self._modules.values():
-            module.__dict__.pop("_sparse_attn", None)
-        for config, before in self._configs:
-            config._attn_implementation_internal = before
-        self._configs = []
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.undo()
-
-
 def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention", dense_layers: tuple[int, ...] = (),
           dense_below: int = 4096, min_queries: int = 16) -> Handle:
     """Make ``model`` read during prefill only what ``prefill`` chooses.
@@ -352,7 +298,7 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention",
     require(bool(modules), f"{type(tower).__name__} has no attention layer to patch")
     require(not any("_sparse_attn" in m.__dict__ for m in modules.values()),
             f"this {type(model).__name__} is patched already; call undo() on its handle first")
-    n_layers = 1 + max(_layer(m) for m in modules.values())
+    n_layers = 1 + max(layer_of(m) for m in modules.values())
     over = [i for i in config.dense_layers if i >= n_layers]
     require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}

@@ -9,6 +9,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 
 _TARGET = "transformers.modeling_utils"
 
@@ -26,7 +27,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             def run_then_register(module):
                 run(module)
-                importlib.import_module("sparse_attn.hf")
+                try:
+                    importlib.import_module("sparse_attn.hf")
+                except ImportError as error:
+                    # whoever only imports transformers beside us must not be stopped by it
+                    warnings.warn(f"sparse_attn is not registered with transformers: {error}; it needs 5.17 or newer", stacklevel=2)
 
             spec.loader.exec_module = run_then_register
         return spec

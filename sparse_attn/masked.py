@@ -43,3 +43,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         p = logits.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
         outs.append(torch.nn.functional.dropout(p, dropout, training=dropout > 0) @ v)
     return torch.cat(outs, 2).transpose(1, 2).contiguous()
+
+
+def only_listed(mask: Tensor, indices: Tensor, n_k: int) -> Tensor:
+    """``mask`` ``[B, 1, Nq, Nk]``, bool or additive, narrowed to the keys that ``indices`` ``[B, Nq, S]`` lists; -1 lists none."""
+    listed = indices.long().masked_fill(indices < 0, n_k)
+    keep = mask.new_zeros(*listed.shape[:2], n_k + 1, dtype=torch.bool).scatter_(-1, listed, True)[:, None, :, :n_k]
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)

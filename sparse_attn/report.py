@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -18,26 +17,29 @@ class LayerLog:
     calls: Counter = field(default_factory=Counter)  # (what ran, how it was computed) -> calls
     reasons: Counter = field(default_factory=Counter)  # why a call ran dense -> calls
     refusals: set[str] = field(default_factory=set)  # why a faster backend did not compute a sparse call
-    read: Tensor | None = None  # float64 [H], sum over calls of weight * density
-    weight: float = 0.0
+    heads: int = 0
+    read: Tensor | None = None  # float64 [H], sum over sparse calls of weight * density
+    whole: float = 0.0  # sum over dense calls of weight
+    weight: float = 0.0  # sum over all of them
 
     def dense(self, backend: str, reason: str, n_q: int, heads: int, n_k: int) -> None:
         """Note a call that read everything; decoding is counted but has no share in the density."""
         self.calls["decode" if n_q == 1 else "dense", backend] += 1
         self.reasons[reason] += 1
         if n_q > 1:
-            self._add(torch.ones(heads, dtype=torch.float64), n_q, n_k)
+            self.whole += self._weigh(heads, n_q, n_k)
 
     def sparse(self, backend: str, refusals: list[str], density: Tensor, n_q: int, n_k: int) -> None:
         """Note a call whose heads read ``density`` (float64 ``[H]``) of what they could reach."""
         self.calls["sparse", backend] += 1
         self.refusals.update(refusals)
-        self._add(density.nan_to_num(1.0), n_q, n_k)
+        read = density.nan_to_num(1.0) * self._weigh(len(density), n_q, n_k)
+        self.read = read if self.read is None else self.read + read
 
-    def _add(self, density: Tensor, n_q: int, n_k: int) -> None:
+    def _weigh(self, heads: int, n_q: int, n_k: int) -> float:
         weight = n_q * (n_k - (n_q - 1) / 2)  # query-key pairs that causality allows, padding and window aside
-        self.weight += weight
-        self.read = density * weight if self.read is None else self.read.to(density.device) + density * weight
+        self.heads, self.weight = heads, self.weight + weight
+        return weight
 
     def clear(self) -> None:
         """Forget every call."""
@@ -45,7 +47,8 @@ class LayerLog:
 
     def row(self) -> LayerReport:
         """The counters as they stand; copies one density per head to the host."""
-        heads = tuple((self.read / self.weight).tolist()) if self.weight else ()
+        read = self.read.tolist() if self.read is not None else [0.0] * self.heads
+        heads = tuple((r + self.whole) / self.weight for r in read)
         of = {kind: {b: n for (k, b), n in self.calls.items() if k == kind} for kind in ("sparse", "dense", "decode")}
         backend = "+".join(of["sparse"] or of["dense"] or of["decode"])
         return LayerReport(
