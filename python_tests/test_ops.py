@@ -226,6 +226,20 @@ def test_selection_of_the_worked_examples(backend, mass, threshold, kept):
 
 
 @op_backends("select_blocks")
+def test_ties_go_to_the_lower_index(backend):
+    score = torch.ones(1, 2, 1, 400)
+    score[0, 1, 0, ::2] = 2.0
+    for rule in (dict(threshold=share(0.25, 2), top_k=0), dict(threshold=None, top_k=100)):
+        args = dict(score=score, **rule, block_q=1, block_k=1, n_q=1, n_k=400, causal=False, sink=0, recent=0)
+        skip_unless(select_blocks, backend, **args)
+        with use_backend(backend):
+            counts, indices = select_blocks(**args)
+        equal, even = (indices[0, h, 0, : counts[0, h, 0]].tolist() for h in (0, 1))
+        assert equal == list(range(100))
+        assert even == list(range(0, 2 * len(even), 2)) and len(even) == (75 if rule["threshold"] is not None else 100)
+
+
+@op_backends("select_blocks")
 def test_without_forced_blocks_selection_is_inclusive_top_p(backend):
     score = torch.tensor([4.0, 1, 3, 2]).expand(1, 1, 1, 4).contiguous()
     skip_unless(select_blocks, backend, score, share(0.75, 1), 0, 1, 1, 1, 4, causal=False, sink=0, recent=0)
