@@ -29,11 +29,11 @@ if X86:
     FLAGS |= {
         "avx2": ["-march=x86-64-v3"],
         "avx512": AVX512,
-        "amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-DSA_AMX"],
     }
 DEFAULT = tuple(FLAGS)
 if X86:
-    FLAGS["emulated"] = [*AVX512, "-DSA_AMX_EMULATE"]
+    FLAGS["emulated"] = [*AVX512, "-DSA_AMX", "-DSA_AMX_EMULATE"]
 NAMES = {"emulated": "amx_emulated"}
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
           "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-restrict"]

@@ -161,15 +161,24 @@ SA_INLINE void online_softmax(float* s, int keys, float* m, float* l, float* kee
   for (int v = 0; v < kVecs; ++v) store(l + v * kLanes, load(l + v * kLanes) * load(keep + v * kLanes) + total[v]);
 }
 
+// what each lane's output must be multiplied by, and its lse; a row that saw nothing has l == 0, and a NaN stays one
+inline void finish_lanes(const float* m, const float* l, int64_t n, float* factor, float* lse) {
+  for (int64_t i = 0; i < n; ++i) {
+    factor[i] = l[i] == 0 ? 0.0f : 1.0f / l[i];
+    lse[i] = l[i] == 0 ? -std::numeric_limits<float>::infinity() : float(m[i] * kLn2 + std::log(double(l[i])));
+  }
+}
+
 template <class Element>
 class SimdEngine {
   using Storage = typename Element::Storage;
 
  public:
-  static constexpr int kVecs = kSimdVecs, kPanel = kSimdPanel, kTileKeys = 128;
+  static constexpr int kVecs = kSimdVecs, kPanel = kSimdPanel, kTileKeys = 128, kAlign = 1;
+  static constexpr bool kScalesLate = false;
   struct Guard {};
   struct Prepared {};
-  static void prepare(const BlockSparseAttention&, const Span*, const Parallel&, Prepared*) {}
+  static void prepare(const BlockSparseAttention&, const Span*, int64_t, const Parallel&, Prepared*) {}
 
   SimdEngine(const BlockSparseAttention& a, const Prepared&, int64_t max_rows) : a_(a), d_(a.q.size[3]), dv_(a.v.size[3]) {
     const size_t lanes = (max_rows + kPanel - 1) / kPanel * kPanel;
@@ -209,16 +218,15 @@ class SimdEngine {
     v_tile_ = one(v_, a_.v, dv_, runs, n_runs, v_own_, &v_stride_);
   }
 
-  float* scores(int panel, int keys) {
+  // one panel against the first `keys` keys of the tile; hide(s, first key, keys) masks logits in place
+  template <class Hide>
+  void attend(int panel, int keys, const Hide& hide) {
     const float* q = q_ + int64_t(panel) * kPanel * d_;
-    int64_t i = 0;
-    for (; i + kSimdRows <= keys; i += kSimdRows)
-      simd_scores<kSimdRows>(k_tile_ + i * k_stride_, k_stride_, q, d_, p_ + i * kPanel);
-    simd_scores_tail(keys - i, k_tile_ + i * k_stride_, k_stride_, q, d_, p_ + i * kPanel);
-    return p_;
-  }
-
-  void accumulate(int panel, int keys) {
+    int64_t k = 0;
+    for (; k + kSimdRows <= keys; k += kSimdRows)
+      simd_scores<kSimdRows>(k_tile_ + k * k_stride_, k_stride_, q, d_, p_ + k * kPanel);
+    simd_scores_tail(keys - k, k_tile_ + k * k_stride_, k_stride_, q, d_, p_ + k * kPanel);
+    hide(p_, 0, keys);
     online_softmax<kVecs>(p_, keys, m_ + panel * kPanel, l_ + panel * kPanel, keep_);
     float* o = o_ + int64_t(panel) * kPanel * dv_;
     int64_t i = 0;
@@ -231,12 +239,7 @@ class SimdEngine {
     Storage* out = static_cast<Storage*>(a_.out.data) + b_ * a_.out.stride[0] + h_ * a_.out.stride[1];
     for (int64_t p = 0; p * kPanel < rows; ++p) {
       const int64_t n = std::min<int64_t>(rows - p * kPanel, kPanel), at = row + p * kPanel;
-      for (int64_t i = 0; i < n; ++i) {
-        const float m = m_[p * kPanel + i], l = l_[p * kPanel + i];
-        // a row that saw nothing has l == 0; a NaN must stay one
-        keep_[i] = l == 0 ? 0.0f : 1.0f / l;
-        lse[at + i] = l == 0 ? -std::numeric_limits<float>::infinity() : float(m * kLn2 + std::log(double(l)));
-      }
+      finish_lanes(m_ + p * kPanel, l_ + p * kPanel, n, keep_, lse + at);
       unpack_lanes<Element>(o_ + p * kPanel * dv_, kPanel, keep_, n, dv_, out + at * a_.out.stride[2], a_.out.stride[2],
                             a_.out.stride[3]);
     }

@@ -7,7 +7,7 @@
 #include "../checks.h"
 #include "../spans.h"
 #include "attention_simd.h"
-#if 0  // AMX
+#if defined(SA_AMX)
 #include "attention_amx.h"
 #endif
 
@@ -79,15 +79,16 @@ SA_INLINE F32 tanh_lanes(F32 x) {
   return x < 0.0f ? -t : t;
 }
 
-// logits of a tile against one panel, in place: softcap, then -inf where a query may not see a key
+// logits of a tile against one panel, in place: times factor, softcap, then -inf where a query may not see a key
 template <int kVecs>
-void mask_logits(float* s, int keys, const int64_t* position, int64_t q_position, bool causal, int64_t window, float softcap) {
+void mask_logits(float* s, int keys, const int64_t* position, int64_t q_position, bool causal, int64_t window, float factor,
+                 float softcap) {
   constexpr int kPanel = kVecs * kLanes;
   const float hidden = -std::numeric_limits<float>::infinity();
   for (int i = 0; i < keys; ++i)
     for (int v = 0; v < kVecs; ++v) {
       float* at = s + int64_t(i) * kPanel + v * kLanes;
-      F32 x = load(at);
+      F32 x = load(at) * factor;
       if (softcap > 0) x = tanh_lanes(x) * (softcap * kLog2E);
       if (causal) {
         // distance from the key to the panel's first query; lanes are queries, so lane numbers add to it
@@ -108,7 +109,7 @@ class Attention {
   void run(const Parallel& parallel) {
     plan();
     const int64_t pad_tasks = a_.q.size[0] * a_.q.size[1];
-    Engine::prepare(a_, spans_.data(), parallel, &prepared_);
+    Engine::prepare(a_, spans_.data(), visits_, parallel, &prepared_);
     parallel_tasks(parallel, int64_t(tasks_.size()) + pad_tasks, [&](TaskQueue& queue) {
       [[maybe_unused]] const typename Engine::Guard guard;
       Engine engine(a_, prepared_, rows_per_task_);
@@ -150,6 +151,7 @@ class Attention {
           int64_t length = 0, count = 0;
           for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) blocks_of(b, list_of(h), i, &count), length += count;
           groups.push_back({length, b, kv_head, i});
+          visits_ += length;
         }
     }
     std::stable_sort(groups.begin(), groups.end(), [](const Group& x, const Group& y) { return x.length > y.length; });
@@ -183,14 +185,18 @@ class Attention {
   void attend(Engine& engine, const Task& task) {
     const Span& span = spans_[task.b];
     const int64_t first_position = span.q_start + task.row0, last_position = first_position + task.rows - 1;
-    const int64_t low = a_.causal && a_.window ? std::max<int64_t>(first_position - a_.window + 1, 0) : 0;
+    const int64_t low = a_.causal && a_.window ? std::max<int64_t>(first_position - a_.window + 1, 0) / Engine::kAlign * Engine::kAlign : 0;
     const int64_t high = a_.causal ? std::min(span.n_k, last_position + 1) : span.n_k;
     const int panels = int(ceil_div(task.rows, kPanel));
     int64_t count = 0;
     const int32_t* blocks = blocks_of(task.b, list_of(task.h), task.block, &count);
-    // softcap needs s / cap, everything else logits in base 2
-    const double factor = a_.softcap > 0 ? a_.scale / a_.softcap : a_.scale * double(kLog2E);
-    engine.begin(task.b, task.h, span, task.row0, task.rows, float(factor), a_.sinks ? std::max(a_.sinks[task.h] * kLog2E, kNoSink) : kNoSink);
+    // the softmax wants logits in base 2, the softcap s / cap; the mask multiplies where the engine cannot
+    double factor = a_.softcap > 0 ? a_.scale / a_.softcap : a_.scale * double(kLog2E);
+    const bool by_mask = Engine::kScalesLate && (a_.softcap > 0 || factor <= 0);
+    const float mask_factor = by_mask ? float(factor) : 1.0f;
+    if (by_mask) factor = 1;
+    engine.begin(task.b, task.h, span, task.row0, task.rows, float(factor),
+                 a_.sinks ? std::max(a_.sinks[task.h] * kLog2E, kNoSink) : kNoSink);
     Reader<kTileKeys> reader(blocks, count, a_.block_k, low, high);
     Tile<kTileKeys> tile;
     while (reader.next(&tile)) {
@@ -199,16 +205,15 @@ class Attention {
         const int64_t position = first_position + panel * kPanel;
         const int64_t last = std::min(position + kPanel - 1, last_position);
         int keys = tile.keys;
-        bool masked = a_.softcap > 0;
-        if (a_.causal) {
+        if (a_.causal)
           while (keys && tile.position[keys - 1] > last) --keys;
-          if (!keys) continue;
-          const bool early = a_.window && tile.position[0] <= last - a_.window;
-          masked |= tile.position[keys - 1] > position || early;
-        }
-        float* s = engine.scores(panel, keys);
-        if (masked) mask_logits<kVecs>(s, keys, tile.position, position, a_.causal, a_.window, float(a_.softcap));
-        engine.accumulate(panel, keys);
+        if (!keys) continue;
+        engine.attend(panel, keys, [&](float* s, int from, int n) {
+          const bool late = a_.causal && tile.position[from + n - 1] > position;
+          const bool early = a_.causal && a_.window && tile.position[from] <= last - a_.window;
+          if (late || early || by_mask || a_.softcap > 0)
+            mask_logits<kVecs>(s, n, tile.position + from, position, a_.causal, a_.window, mask_factor, float(a_.softcap));
+        });
       }
     }
     engine.finish(span.row0 + task.row0, task.rows, a_.lse + (task.b * a_.q.size[1] + task.h) * a_.q.size[2]);
@@ -231,17 +236,19 @@ class Attention {
   const BlockSparseAttention& a_;
   std::vector<Span> spans_;
   std::vector<Task> tasks_;
-  int64_t rows_per_task_ = 0;
+  int64_t rows_per_task_ = 0, visits_ = 0;
   typename Engine::Prepared prepared_;
 };
 
 }  // namespace
 
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel) {
-#if 0  // AMX
-  if (args.q.dtype == DType::bf16) return Attention<AmxEngine>(args).run(parallel);
-#endif
+#if defined(SA_AMX)
+  SA_CHECK(args.q.dtype == DType::bf16, "the AMX kernel needs bfloat16");
+  Attention<AmxEngine>(args).run(parallel);
+#else
   with_element(args.q.dtype, [&](auto element) { Attention<SimdEngine<decltype(element)>>(args).run(parallel); });
+#endif
 }
 
 }  // namespace SA_NAMESPACE
