@@ -22,12 +22,12 @@ constexpr int kColumns = 4;  // of 32 registers, 24 accumulate
 #else
 constexpr int kColumns = 2;  // of 16 registers, 12 accumulate
 #endif
-constexpr int kRows = 6;    // key groups per register tile: kRows x kColumns accumulators
-constexpr int kPanel = 64;  // query groups in a panel
-constexpr int kSquare = 16;  // queries are transposed in squares
-constexpr int kTile = 48;   // key groups per pass over a panel
-constexpr int kDepth = 64;  // of the stride * D products, how many at a time: panel and keys stay in L1
-constexpr int kHeads = 2;   // heads of a KV head that share converted keys
+constexpr int kRows = 6;     // key groups per register tile: kRows x kColumns accumulators
+constexpr int kPanel = 64;   // query groups in a panel
+constexpr int kLines = 16;   // queries transposed at a time
+constexpr int kTile = 48;    // key groups per pass over a panel
+constexpr int kDepth = 128;  // of the stride * D products, how many at a time, between stores of the logits
+constexpr int kHeads = 2;    // heads of a KV head that share converted keys
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -51,18 +51,17 @@ struct Panel {
 
 typedef float F32x4 __attribute__((vector_size(16)));
 
-// to[j][i] = from[i][j], rows kSquare apart
-SA_INLINE void load4(const float* from, F32x4* to) {
+// to[j][i] = from[i][j], 4 x 4
+SA_INLINE void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   F32x4 a, b, c, d;
-  std::memcpy(&a, from, 16), std::memcpy(&b, from + kSquare, 16);
-  std::memcpy(&c, from + 2 * kSquare, 16), std::memcpy(&d, from + 3 * kSquare, 16);
+  std::memcpy(&a, from, 16), std::memcpy(&b, from + from_stride, 16);
+  std::memcpy(&c, from + 2 * from_stride, 16), std::memcpy(&d, from + 3 * from_stride, 16);
   const F32x4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
   const F32x4 ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  to[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), to[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  to[2] = __builtin_shufflevector(ef, gh, 0, 1, 4, 5), to[3] = __builtin_shufflevector(ef, gh, 2, 3, 6, 7);
-}
-SA_INLINE void store4(float* to, const F32x4* from) {
-  for (int i = 0; i < 4; ++i) std::memcpy(to + i * kSquare, from + i, 16);
+  const F32x4 columns[4] = {
+      __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+      __builtin_shufflevector(ef, gh, 0, 1, 4, 5), __builtin_shufflevector(ef, gh, 2, 3, 6, 7)};
+  for (int j = 0; j < 4; ++j) std::memcpy(to + j * to_stride, columns + j, 16);
 }
 
 template <class Element>
@@ -70,12 +69,15 @@ class Worker {
  public:
   explicit Worker(const AntidiagonalScore& args)
       : a_(args), depth_(args.stride * args.q.size[3]), k_blocks_(ceil_div(args.k.size[2], args.block_k)) {
-    const size_t queries = kHeads * depth_ * kPanel, keys = kTile * kDepth, logits = kHeads * kTile * kPanel;
+    // transposes write whole groups of 4 rows
+    const size_t queries = (kHeads * depth_ + 3) * kPanel, keys = ceil_div(depth_, kDepth) * kDepth * kTile;
+    const size_t lines = kLines * ceil_div(args.q.size[3], 4) * 4, logits = kHeads * kTile * kPanel;
     const size_t blocks = kHeads * k_blocks_ * kPanel;
     Scratch& scratch = Scratch::mine();
     const auto bytes = Scratch::bytes_for<float>;
-    scratch.reset(bytes(queries) + bytes(keys) + bytes(logits) + 2 * bytes(blocks));
-    queries_ = scratch.take<float>(queries), keys_ = scratch.take<float>(keys), logits_ = scratch.take<float>(logits);
+    scratch.reset(bytes(queries) + bytes(keys) + bytes(lines) + bytes(logits) + 2 * bytes(blocks));
+    queries_ = scratch.take<float>(queries), keys_ = scratch.take<float>(keys);
+    lines_ = scratch.take<float>(lines), logits_ = scratch.take<float>(logits);
     mass_ = scratch.take<float>(blocks), peak_ = scratch.take<float>(blocks);
   }
 
@@ -137,64 +139,49 @@ class Worker {
   // to[(r * D + d) * kPanel + lane]; padding is 0
   void pack_queries(const Row& row, int64_t head, float* to) {
     const View& q = a_.q;
-    const int64_t dim = q.size[3];
-    alignas(64) float square[kSquare * kSquare];
-    for (int l0 = 0; l0 < kPanel; l0 += kSquare) {
+    const int64_t dim = q.size[3], padded = ceil_div(dim, 4) * 4;
+    for (int l0 = 0; l0 < kPanel; l0 += kLines) {
       for (int64_t r = 0; r < a_.stride; ++r) {
-        int64_t token[kSquare];
-        for (int l = 0; l < kSquare; ++l) {
-          const int64_t group = panel_.group0 + l0 + l;
-          token[l] = group * a_.stride + partner(group, r);
-          if (l0 + l >= panel_.lanes || token[l] >= row.span.n_q) token[l] = -1;
+        // whole rows first: they lie stride * D apart, so going across them would evict them from L1 before they are used up
+        for (int l = 0; l < kLines; ++l) {
+          const int64_t group = panel_.group0 + l0 + l, token = group * a_.stride + partner(group, r);
+          float* line = lines_ + l * padded;
+          if (l0 + l >= panel_.lanes || token >= row.span.n_q) std::fill(line, line + dim, 0.f);
+          else read_row<Element>(at(q, row.b, head, row.span.row0 + token), q.stride[3], dim, line);
         }
-        for (int64_t d = 0; d < dim; d += kSquare) {
-          const int n = static_cast<int>(std::min<int64_t>(kSquare, dim - d));
-          for (int l = 0; l < kSquare; ++l) {
-            float* line = square + l * kSquare;
-            if (token[l] < 0) std::fill(line, line + kSquare, 0.f);
-            else read_row<Element>(at(q, row.b, head, row.span.row0 + token[l], d), q.stride[3], n, line);
-          }
-          transpose(square);
-          for (int i = 0; i < n; ++i)
-            std::memcpy(to + (r * dim + d + i) * kPanel + l0, square + i * kSquare, kSquare * sizeof(float));
-        }
-      }
-    }
-  }
-
-  // 16 x 16 in place
-  static void transpose(float* x) {
-    for (int i = 0; i < kSquare; i += 4) {
-      for (int j = 0; j <= i; j += 4) {
-        F32x4 upper[4], lower[4];
-        load4(x + j * kSquare + i, upper), load4(x + i * kSquare + j, lower);
-        store4(x + i * kSquare + j, upper), store4(x + j * kSquare + i, lower);
+        for (int64_t d = 0; d < padded; d += 4)
+          for (int l = 0; l < kLines; l += 4)
+            transpose4(lines_ + l * padded + d, padded, to + (r * dim + d) * kPanel + l0 + l, kPanel);
       }
     }
   }
 
   using Storage = typename Element::Storage;
-  static const Storage* at(const View& x, int64_t b, int64_t head, int64_t token, int64_t d) {
-    return static_cast<const Storage*>(x.data) + b * x.stride[0] + head * x.stride[1] + token * x.stride[2] + d * x.stride[3];
+  static const Storage* at(const View& x, int64_t b, int64_t head, int64_t token) {
+    return static_cast<const Storage*>(x.data) + b * x.stride[0] + head * x.stride[1] + token * x.stride[2];
   }
 
-  // keys_[w][c - c0] for c in [c0, c0 + n) of the folded axis; padding is 0
-  void load_keys(const Row& row, int64_t kv_head, int64_t w0, int rows, int64_t c0, int64_t n) {
+  // element c of the folded axis of key group w0 + w goes to chunk(c / kDepth)[w][c % kDepth]; padding is 0
+  void load_keys(const Row& row, int64_t kv_head, int64_t w0, int rows) {
     const View& k = a_.k;
     const int64_t dim = k.size[3];
-    for (int w = 0; w < rows; ++w) {
-      float* to = keys_ + w * kDepth;
-      for (int64_t c = c0; c < c0 + n;) {
-        const int64_t token = (w0 + w) * a_.stride + c / dim, d = c % dim;
-        const int64_t run = std::min(dim - d, c0 + n - c);
-        if (token < row.span.n_k) read_row<Element>(at(k, row.b, kv_head, row.span.key0 + token, d), k.stride[3], run, to);
-        else std::fill(to, to + run, 0.f);
-        to += run, c += run;
+    for (int w = 0; w < ceil_div(rows, kRows) * kRows; ++w) {
+      int64_t c = 0;
+      for (int64_t r = 0; r < a_.stride; ++r) {
+        const int64_t token = (w0 + w) * a_.stride + r;
+        const bool real = w < rows && token < row.span.n_k;
+        const Storage* from = at(k, row.b, kv_head, row.span.key0 + token);
+        for (int64_t d = 0; d < dim;) {
+          const int64_t n = std::min(dim - d, kDepth - c % kDepth);
+          float* to = chunk(c) + w * kDepth + c % kDepth;
+          if (real) read_row<Element>(from + d * k.stride[3], k.stride[3], n, to);
+          else std::fill(to, to + n, 0.f);
+          d += n, c += n;
+        }
       }
     }
-    const int padded = static_cast<int>(ceil_div(rows, kRows)) * kRows;
-    std::fill(keys_ + rows * kDepth, keys_ + padded * kDepth, 0.f);
   }
+  float* chunk(int64_t c) const { return keys_ + c / kDepth * (kTile * kDepth); }
 
   // first register of lanes that sees key group w or an earlier one: later lanes see further
   int first_unit(int64_t w) const {
@@ -215,14 +202,14 @@ class Worker {
     const int end_unit = static_cast<int>(ceil_div(panel_.lanes, kLanes));
     for (int64_t w0 = panel_.low; w0 < panel_.high; w0 += kTile) {
       const int rows = static_cast<int>(std::min<int64_t>(kTile, panel_.high - w0));
+      load_keys(row, kv_head, w0, rows);
       for (int64_t c = 0; c < depth_; c += kDepth) {
         const int64_t n = std::min<int64_t>(kDepth, depth_ - c);
-        load_keys(row, kv_head, w0, rows, c, n);
         for (int h = 0; h < heads; ++h) {
           const float* q = queries_ + (h * depth_ + c) * kPanel;
           float* logits = logits_ + h * kTile * kPanel;
           for (int w = 0; w < rows; w += kRows)
-            product(first_unit(w0 + w), end_unit, keys_ + w * kDepth, q, n, logits + w * kPanel, c == 0);
+            product(first_unit(w0 + w), end_unit, chunk(c) + w * kDepth, q, n, logits + w * kPanel, c == 0);
         }
       }
       for (int h = 0; h < heads; ++h) absorb(row, h, w0, rows, end_unit);
@@ -283,15 +270,9 @@ class Worker {
         const int64_t cell = (h * k_blocks_ + block) * kPanel + v * kLanes;
         const F32 before = load(peak_ + cell);
         F32 top = before;
-        I32 broken{};
-        for (int i = 0; i < n; ++i) {
-          const F32 logit = load(x + i * kPanel);
-          top = max(logit, top), broken |= logit != logit;
-        }
+        for (int i = 0; i < n; ++i) top = max(load(x + i * kPanel), top);
         F32 sum = load(mass_ + cell) * exp2_nonpositive(before - top);
         for (int i = 0; i < n; ++i) sum += exp2_nonpositive(load(x + i * kPanel) - top);
-        // exp2_nonpositive hides a NaN; here it has to spoil the lane, as a softmax does
-        if (any(broken)) sum = broken ? splat(std::numeric_limits<float>::quiet_NaN()) : sum;
         store(mass_ + cell, sum), store(peak_ + cell, top);
       }
       w = end;
@@ -347,7 +328,8 @@ class Worker {
   const int64_t depth_, k_blocks_;
   int64_t first_block_ = 0, end_block_ = 0;
   Panel panel_;
-  float *queries_, *keys_, *logits_, *mass_, *peak_;  // [head] [depth][lane], [w][c], [head] [w][lane], [head] [block][lane]
+  float *queries_, *keys_, *lines_;   // [head][c][lane], see load_keys, see pack_queries
+  float *logits_, *mass_, *peak_;     // [head][w][lane], [head][key block][lane]
 };
 
 }  // namespace
