@@ -205,9 +205,9 @@ def test_generate_gives_the_same_tokens(models, family, mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_compiled_graphs_are_whole_and_exact(models, family):
-    model = models(family)
+@pytest.mark.parametrize("family, changes", [("Llama", {}), ("Gemma2", dict(layer_types=["full_attention"]))])
+def test_compiled_graphs_are_whole_and_exact(family, changes):
+    model = tiny(family, num_hidden_layers=1, **changes)
     ids, mask = tokens()[:, :TOKENS], padded("left")[:, :TOKENS]
     want, want_padded = model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]
     with sparse_attn.patch(model, **EXACT):
@@ -454,15 +454,27 @@ def test_only_the_text_tower_of_a_vision_model_is_patched():
     assert model.config.text_config._attn_implementation == "eager"
 
 
-@torch.no_grad()
-def test_a_model_with_its_own_key_indexer_keeps_its_choice():
+def with_indexer(name: str):
     torch.manual_seed(0)
-    config = transformers.DeepseekV32Config(**{**TINY, **MLA, **MOE}, index_n_heads=2, index_head_dim=32, index_topk=16)
-    model = sharpened(transformers.DeepseekV32ForCausalLM._from_config(config, attn_implementation="sdpa"))
+    if name == "DeepseekV32":
+        config = transformers.DeepseekV32Config(**{**TINY, **MLA, **MOE}, index_n_heads=2, index_head_dim=32, index_topk=16)
+        return sharpened(transformers.DeepseekV32ForCausalLM._from_config(config, attn_implementation="sdpa"))
+    from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig, MiniMaxM3VLTextModel
+
+    config = MiniMaxM3VLTextConfig(**TINY, **MOE, index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=3,
+                                   shared_intermediate_size=32, dense_intermediate_size=64, rotary_dim=16,
+                                   mlp_layer_types=["dense", "dense"], layer_types=["minimax_m3_sparse"] * 2)
+    return sharpened(MiniMaxM3VLTextModel._from_config(config, attn_implementation="sdpa"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DeepseekV32", "MiniMaxM3"])
+def test_a_model_with_its_own_key_indexer_keeps_its_choice(name):
+    model = with_indexer(name)
     ids = tokens(1)[:, :TOKENS]
-    want = model(ids).logits
+    want = model(ids)[0]
     with sparse_attn.patch(model, **SPARSE) as patched, pytest.warns(UserWarning, match="the model chooses its own keys"):
-        assert_same(model(ids).logits, want)
+        assert_same(model(ids)[0], want)
         assert not any(row.sparse_calls for row in patched.report().layers)
 
 

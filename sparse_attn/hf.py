@@ -126,7 +126,8 @@ class _Call:
         for name, refusal in op.explain(*args).items():
             if name == chosen:
                 break
-            refusals.append(f"{op.name}: {name}: {refusal}")
+            if refusal is not None:
+                refusals.append(f"{op.name}: {name}: {refusal}")
         return chosen, refusals
 
     def _note(self, backend: str, reason: str, n_seen: int) -> None:
@@ -170,7 +171,8 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
         if indices is not None:
             attention_mask = only_listed(attention_mask, indices, n_k)
         else:
-            positions = kwargs.get("position_ids", torch.arange(n_k - n_q, n_k, device=query.device)[None])
+            positions = kwargs.get("position_ids")
+            positions = torch.arange(n_k - n_q, n_k, device=query.device)[None] if positions is None else positions
             attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, n_k, query.dtype, query.device,
                                                              positions.expand(query.shape[0], -1))
         layout = None
