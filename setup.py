@@ -121,8 +121,7 @@ class BuildLibraries(build_ext):
             self.link_one(*link)
 
     def compile_one(self, isa, source, target):
-        command = [*self.cxx, *COMMON, *FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_cpu_{NAMES.get(isa, isa)}", "-c", str(source),
-                   "-o", str(target), "-MMD", "-MF", str(target.with_suffix(".d"))]
+        command = [*self.cxx, *COMMON, *FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_cpu_{NAMES.get(isa, isa)}", "-c", str(source)]
         if source.stem == "library":
             # 2.11: the oldest torch whose stable ABI has what library.cpp uses
             command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(self.torch / "include")]
@@ -131,7 +130,11 @@ class BuildLibraries(build_ext):
         if not self.force and not stale(target, target.with_suffix(".d"), stamp, signature):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.call(command, f"{source} for {isa}")
+        fresh, depfile = target.with_suffix(f".{os.getpid()}.o"), target.with_suffix(f".{os.getpid()}.d")
+        self.call([*command, "-o", str(fresh), "-MMD", "-MF", str(depfile)], f"{source} for {isa}")
+        # whole or not at all, also when two builds run at once
+        depfile.replace(target.with_suffix(".d"))
+        fresh.replace(target)
         stamp.write_text(signature)
 
     def link_one(self, isa, objects, library):
@@ -141,7 +144,7 @@ class BuildLibraries(build_ext):
         # symbols stay inside: the same std templates are compiled for another CPU in the library next door
         hide = Path(self.build_temp) / "hide.map"
         hide.write_text("{ local: *; };\n")
-        fresh = library.with_suffix(".new")
+        fresh = library.with_suffix(f".{os.getpid()}.new")
         self.call([*self.cxx, "-shared", "-o", str(fresh), *map(str, objects), f"-Wl,--version-script={hide}",
                    "-L", str(self.torch / "lib"), "-ltorch_cpu"], f"{isa} library")
         fresh.replace(library)  # a process that has the old one mapped keeps it

@@ -1,0 +1,236 @@
+"""What only compiled kernels can get wrong: tails, anchors, overflow, bad lists, threads, forks, and the build itself."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_attn.errors import ContractError
+from sparse_attn.ops import OPS, block_sparse_attention, native, use_backend
+
+ROOT = Path(__file__).parent.parent
+NATIVE = [f"cpu_{isa}" for isa in native.ISAS + native.TEST_ISAS]
+each_backend = pytest.mark.parametrize("backend", NATIVE)
+FLOAT32_BACKENDS = [name for name in NATIVE if "amx" not in name]
+
+
+def lists(heads: int, qb: int, kb: int, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    keep = torch.rand(1, heads, qb, kb) < density
+    keep |= torch.eye(qb, kb, dtype=torch.bool)
+    indices = torch.where(keep, torch.arange(kb), kb).sort(-1).values
+    return keep.sum(-1, dtype=torch.int32), indices.masked_fill(indices == kb, -1).int()
+
+
+def run(backend: str, *args, **kwargs):
+    refusal = block_sparse_attention.explain(*args, **kwargs).get(backend, "the library was not built")
+    if refusal is not None:
+        pytest.skip(f"{backend}: {refusal}")
+    with use_backend(backend):
+        return block_sparse_attention(*args, **kwargs)
+
+
+def oracle(q, k, v, *rest, **kwargs):
+    with use_backend("reference"):
+        return block_sparse_attention(q.double(), k.double(), v.double(), *rest, **kwargs)
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt())
+
+
+# heads, kv heads, queries, keys, D, Dv, block_q, block_k: what fills tiles exactly, and what leaves a ragged strip, channel or row
+SHAPES = [
+    (2, 1, 256, 256, 128, 128, 128, 128),
+    (4, 1, 130, 300, 128, 128, 64, 128),
+    (2, 2, 33, 65, 64, 64, 16, 16),
+    (8, 1, 64, 64, 80, 80, 64, 64),
+    (2, 1, 97, 97, 96, 96, 128, 128),
+    (1, 1, 129, 513, 256, 256, 128, 128),
+    (2, 1, 70, 200, 64, 40, 32, 64),
+    (2, 1, 70, 200, 24, 128, 32, 48),
+    (1, 1, 1, 400, 128, 128, 128, 128),
+    (3, 1, 300, 300, 72, 17, 300, 100),
+    (1, 1, 600, 600, 64, 64, 512, 64),
+    (2, 1, 5, 5, 128, 128, 128, 128),
+]
+
+
+@each_backend
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ragged_shapes_are_as_good_as_torch_in_bfloat16(backend, shape):
+    heads, kv_heads, n_q, n_k, d, dv, block_q, block_k = shape
+    q, k, v = (torch.randn(1, h, n, c).bfloat16() for h, n, c in ((heads, n_q, d), (kv_heads, n_k, d), (kv_heads, n_k, dv)))
+    rest = (*lists(heads, -(-n_q // block_q), -(-n_k // block_k), 0.6), block_q, block_k, d**-0.5, n_k - n_q)
+    out, lse = run(backend, q, k, v, *rest)
+    want, want_lse = oracle(q, k, v, *rest)
+    # probabilities rounded to bfloat16 and a rounded output: what torch's own kernel does
+    assert relative_rms(out, want) < 3e-3
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    assert (lse - want_lse)[lse.isfinite()].abs().max() < 2e-3
+
+
+@each_backend
+def test_a_peaked_softmax_is_as_good_as_torch(backend):
+    q, k, v = (torch.randn(1, h, 640, 128).bfloat16() for h in (4, 1, 1))
+    q *= 4
+    counts, indices = lists(4, 5, 5, 1.0)
+    out, _ = run(backend, q, k, v, counts, indices, 128, 128, 128**-0.5)
+    want, _ = oracle(q, k, v, counts, indices, 128, 128, 128**-0.5)
+    torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert relative_rms(out, want) <= 1.1 * relative_rms(torchs, want)
+
+
+@each_backend
+@pytest.mark.parametrize("order", ["rising", "falling", "spiky"])
+def test_logits_of_ten_thousand_do_not_overflow(backend, order):
+    n, d = 600, 64
+    ramp = {"rising": torch.linspace(-1, 1, n), "falling": torch.linspace(1, -1, n), "spiky": torch.randn(n).sign()}[order]
+    direction = torch.full((d,), d**-0.5)
+    q = (100 * direction).expand(1, 1, n, d).bfloat16()
+    k = (100 * ramp[:, None] * direction)[None, None].bfloat16()
+    v = torch.randn(1, 1, n, d).bfloat16()
+    rest = (*lists(1, 5, 5, 1.0), 128, 128, 1.0)
+    out, lse = run(backend, q, k, v, *rest)
+    want, want_lse = oracle(q, k, v, *rest)
+    assert lse.abs().max() > 9000
+    assert relative_rms(out, want) < 4e-3
+    torch.testing.assert_close(lse.double(), want_lse.double(), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+def test_exp_is_good_to_float32(backend):
+    """Two keys with logits 0 and -x: the second one's probability is 1 / (1 + e^x)."""
+    x = torch.cat([torch.linspace(0, 2, 500), torch.linspace(2, 80, 500)])
+    q, k = x[None, None, :, None], torch.tensor([0.0, -1.0])[None, None, :, None]
+    v = torch.tensor([0.0, 1.0])[None, None, :, None]
+    counts, indices = torch.ones(1, 1, 8, dtype=torch.int32), torch.zeros(1, 1, 8, 1, dtype=torch.int32)
+    out, lse = run(backend, q, k, v, counts, indices, 128, 2, 1.0, 0, False)
+    exact = torch.special.expit(-x.double())
+    # x itself is rounded when it is turned into a power of two: an error of x * 2^-24 or so in the exponent
+    assert ((out[0, 0, :, 0] - exact).abs() / exact / (1 + x)).max() < 3e-7
+    assert (lse[0, 0] - torch.log1p(torch.exp(-x.double()))).abs().max() < 2e-7
+
+
+@each_backend
+def test_a_nan_stays_a_nan(backend):
+    q, k, v = (torch.randn(1, 1, 64, 64).bfloat16() for _ in range(3))
+    q[0, 0, 5, 3] = math.nan
+    out, lse = run(backend, q, k, v, *lists(1, 1, 1, 1.0), 64, 64, 0.125)
+    assert out[0, 0, 5].isnan().all() and lse[0, 0, 5].isnan()
+    assert not out[0, 0, 6:].isnan().any() and not out[0, 0, :5].isnan().any()
+
+
+@each_backend
+@pytest.mark.parametrize("bad, sentence", [([0, -1], "is -1 but 64 keys make 4 blocks of 16"), ([2, 1], "is 1 after 2"),
+                                           ([1, 1], "is 1 after 1; block numbers must ascend")])
+def test_a_bad_list_is_refused_before_anything_is_written(backend, bad, sentence):
+    q = k = v = torch.randn(1, 1, 64, 64).bfloat16()
+    counts, indices = torch.full((1, 1, 4), 2, dtype=torch.int32), torch.tensor([[[[0, 1]] * 3 + [bad]]], dtype=torch.int32)
+    args = (q, k, v, counts, indices, 16, 16, 0.125)
+    out = (torch.full_like(q, 7.0), torch.full((1, 1, 64), 7.0))
+    run(backend, q, k, v, counts, indices[:, :, :1].expand(-1, -1, 4, -1), *args[5:])
+    with use_backend(backend), pytest.raises(ContractError, match=sentence):
+        block_sparse_attention.out(*args, out=out)
+    assert (out[0] == 7).all() and (out[1] == 7).all()
+
+
+@each_backend
+def test_a_given_output_is_filled_whatever_its_strides(backend):
+    q, k, v = (torch.randn(1, 2, 100, 64).bfloat16() for _ in range(3))
+    args = (q, k, v, *lists(2, 2, 2, 1.0), 64, 64, 0.125)
+    want, want_lse = run(backend, *args)
+    for out in (torch.empty_like(q), torch.empty(1, 2, 64, 100, dtype=q.dtype).mT, torch.empty(1, 2, 200, 64, dtype=q.dtype)[:, :, ::2]):
+        lse = torch.empty(1, 2, 100)
+        with use_backend(backend):
+            block_sparse_attention.out(*args, out=(out, lse))
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    with use_backend(backend), pytest.raises(ContractError, match="lse has size 99 at dimension 2, needs 100"):
+        block_sparse_attention.out(*args, out=(torch.empty_like(q), torch.empty(1, 2, 99)))
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    q, k, v = (torch.randn(1, h, 300, 64) for h in (4, 2, 2))
+    args = (q, k, v, *lists(4, 5, 5, 0.5), 64, 64, 0.125)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = block_sparse_attention(*args)
+        torch.set_num_threads(3)
+        three = block_sparse_attention(*args)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
+
+
+def test_a_forked_process_can_run_kernels():
+    code = """
+import os, torch
+from sparse_attn.ops import block_sparse_attention, native
+q = torch.randn(1, 1, 64, 64)
+args = (q, q, q, torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32), 64, 64, 0.125)
+torch.set_num_threads(1)
+want = block_sparse_attention(*args)[0]
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.equal(block_sparse_attention(*args)[0], want) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_every_op_has_a_backend_per_instruction_set_best_first():
+    for name in ("antidiagonal_score", "block_sparse_attention"):
+        assert [n for n in OPS[name].names if n in NATIVE[:4]] == NATIVE[:4]
+
+
+def test_a_library_that_is_missing_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native._load.cache_clear()
+    native.why_not.cache_clear()
+    try:
+        assert native.why_not("avx2") == "the generic library was not built; reinstall with a C++ compiler and SPARSE_ATTN_BUILD unset"
+        assert native.available() == []
+    finally:
+        native._load.cache_clear()
+        native.why_not.cache_clear()
+
+
+# -- the build ------------------------------------------------------------------------------------------------------------------
+
+
+def build(tmp_path, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, text=True, capture_output=True, timeout=300)
+
+
+def test_build_none_compiles_nothing(tmp_path):
+    done = build(tmp_path, SPARSE_ATTN_BUILD="none", PATH="")
+    assert done.returncode == 0 and not list(tmp_path.rglob("*.so")), done.stderr
+
+
+def test_an_unknown_instruction_set_is_named(tmp_path):
+    done = build(tmp_path, SPARSE_ATTN_BUILD="avx9000")
+    assert done.returncode == 1 and "SPARSE_ATTN_BUILD names avx9000; use none, default" in done.stderr
+
+
+def test_a_missing_compiler_says_what_to_do(tmp_path):
+    done = build(tmp_path, SPARSE_ATTN_BUILD="generic", CXX="", PATH=str(tmp_path))
+    assert done.returncode == 1 and "no C++ compiler found" in done.stderr and "SPARSE_ATTN_BUILD=none" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler named c++")
+def test_a_compiler_that_lacks_an_instruction_set_skips_that_library(tmp_path):
+    """A wrapper that knows no AMX: the others are planned, that one is left out with a sentence."""
+    wrapper = tmp_path / "old-c++"
+    wrapper.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; *-fsyntax-only*) exit 0;; esac\n'
+                       'while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2"; shift;; esac; shift; done\n')
+    wrapper.chmod(0o755)
+    done = build(tmp_path, SPARSE_ATTN_BUILD="default", CXX=str(wrapper))
+    assert done.returncode == 0, done.stderr
+    assert "skipping the amx library" in done.stderr
+    assert sorted(p.stem for p in (tmp_path / "lib").rglob("*.so")) == ["cpu_avx2", "cpu_avx512", "cpu_generic"]
