@@ -263,6 +263,8 @@ SCORE = torch.ones(1, 4, 4, 4)
     (lambda: antidiagonal_score(Q, K, 16, 16, 4, 1.0, 3), "lie past the 64 keys"),
     (lambda: antidiagonal_score(Q, K, 16, 16, 4, 1.0, first=torch.zeros(2, dtype=torch.int32)), "first must be int32 [1]"),
     (lambda: select_blocks(SCORE, None, 0, 16, 16, 64, 64), "either threshold or a positive top_k"),
+    (lambda: select_blocks(SCORE, share(1.5, 4), 0, 16, 16, 64, 64), "leaves [0, 1]"),
+    (lambda: select_blocks(SCORE, share(float("nan"), 4), 0, 16, 16, 64, 64), "leaves [0, 1]"),
     (lambda: select_blocks(SCORE, share(0.5, 3), 0, 16, 16, 64, 64), "threshold must be float64 [4]"),
     (lambda: select_blocks(SCORE, share(0.5, 4), 0, 16, 16, 80, 64), "make (5, 4)"),
     (lambda: select_blocks(SCORE * float("nan"), share(0.5, 4), 0, 16, 16, 64, 64), "score has a NaN"),
