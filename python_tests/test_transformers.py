@@ -163,6 +163,20 @@ def test_dense_threshold_equals_eager(models, family, scenario):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+@pytest.mark.parametrize("scenario", ["left", "chunked_left", "static_right"])
+def test_dense_layers_equal_eager_without_a_mask_of_their_own(models, monkeypatch, family, scenario):
+    """Where SDPA would need a large mask, or has no word for softcap and sinks, our op walks the full list."""
+    model = models(family)
+    monkeypatch.setattr(sparse_hf, "_MASK_ENTRIES", 0)
+    want = logits(model, scenario)
+    with sparse_attn.patch(model, **EXACT | dict(dense_layers=(0, 1))) as patched:
+        assert_same(logits(model, scenario), want)
+        rows = patched.report().layers
+    assert all(row.density == 1.0 and not row.sparse_calls for row in rows)
+    assert not any("sdpa" in row.backend for row in rows)
+
+
 def test_the_window_reaches_families_that_do_not_pass_it_on(models):
     """Qwen2-MoE masks a window but never tells its attention function; only the mask knows."""
     model = models("Qwen2Moe")
