@@ -244,8 +244,11 @@ class Attention {
 
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel) {
 #if defined(SA_AMX)
-  SA_CHECK(args.q.dtype == DType::bf16, "the AMX kernel needs bfloat16");
-  Attention<AmxEngine>(args).run(parallel);
+  switch (args.q.dtype) {
+    case DType::bf16: return Attention<AmxEngine<Bf16, 1>>(args).run(parallel);
+    case DType::fp16: return Attention<AmxEngine<Fp16, 2>>(args).run(parallel);
+    case DType::fp32: return Attention<AmxEngine<Fp32, 3>>(args).run(parallel);
+  }
 #else
   with_element(args.q.dtype, [&](auto element) { Attention<SimdEngine<decltype(element)>>(args).run(parallel); });
 #endif

@@ -147,9 +147,4 @@ def _outputs(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causa
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-# AMX multiplies bfloat16 only
-native.add(
-    block_sparse_attention,
-    _outputs,
-    lambda isa, q, *rest: native.needs_dtype(q, (torch.bfloat16,) if isa.startswith("amx") else native.FLOATS),
-)
+native.add(block_sparse_attention, _outputs, lambda isa, q, *rest: native.needs_dtype(q))
