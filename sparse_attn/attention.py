@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import ops
-from .types import KVView, LayerContext, ReadPlan, Selector, dense_index
+from .types import BlockIndex, KVView, LayerContext, ReadPlan, Selector, dense_index
 
 # a full list is walked as quickly in any block size; this one makes the fewest list entries that still balance two threads
 _DENSE_BLOCK = (128, 128)
@@ -20,21 +20,26 @@ class Attended:
     Attributes:
         out: ``[B, H, Nq, Dv]``, laid out as ``[B, Nq, H, Dv]``.
         lse: float32 ``[B, H, Nq]``, natural log.
-        plan: what was read.
+        plan: what the selector chose.
+        blocks: the lists that were walked; every reachable block where the plan is dense.
     """
 
     out: Tensor
     lse: Tensor
     plan: ReadPlan
+    blocks: BlockIndex
 
 
 def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector) -> Attended:
     """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses."""
     plan = selector.select(q, kv, ctx)
     blocks = plan.blocks if plan.blocks is not None else dense_index(q, kv, ctx, _DENSE_BLOCK)
+    out, lse = ops.block_sparse_attention(*attend_args(q, kv, ctx, blocks))
+    return Attended(out, lse, plan, blocks)
+
+
+def attend_args(q: Tensor, kv: KVView, ctx: LayerContext, blocks: BlockIndex) -> tuple:
+    """What ``sparse_attention`` passes to ``ops.block_sparse_attention`` once the blocks are chosen."""
     k, v = kv.fetch(blocks)
-    out, lse = ops.block_sparse_attention(
-        q, k, v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap,
-        ctx.first, ctx.last, ctx.sinks,
-    )  # fmt: skip
-    return Attended(out, lse, plan)
+    return (q, k, v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap,
+            ctx.first, ctx.last, ctx.sinks)  # fmt: skip

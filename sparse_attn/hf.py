@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from . import ops
-from .attention import Attended, sparse_attention
+from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .errors import ContractError, require
 from .handle import PATCHED, Handle, layer_of
@@ -35,7 +35,7 @@ from .layout import Layout, allowed_traced, encode, layout_of
 from .masked import masked_attention, only_listed
 from .patterns import PATTERNS, Dense
 from .report import LayerLog
-from .types import LayerContext, ResidentKV, Selector, dense_index
+from .types import LayerContext, ResidentKV, Selector
 
 # bool entries of a mask that SDPA may be given; beyond that the full list is walked without one (8K x 8K is 64 MiB)
 _MASK_ENTRIES = 1 << 26
@@ -117,10 +117,7 @@ class _Call:
     def _backend(self, attended: Attended, layout: Layout) -> tuple[str, list[str]]:
         if self.log is None:
             return "", []
-        ctx, kv = self._context(layout), ResidentKV(self.k, self.v)
-        blocks = attended.plan.blocks if attended.plan.blocks is not None else dense_index(self.q, kv, ctx, (128, 128))
-        args = (self.q, self.k, self.v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, True, ctx.window,
-                ctx.softcap, ctx.first, ctx.last, ctx.sinks)
+        args = attend_args(self.q, ResidentKV(self.k, self.v), self._context(layout), attended.blocks)
         op = ops.block_sparse_attention
         chosen, refusals = op.chosen(*args), []
         for name, refusal in op.explain(*args).items():
