@@ -78,10 +78,13 @@ def add(op: Op, outputs: Callable, refuses: Callable[..., str | None] = lambda i
 
 def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | None]) -> None:
     def refusal(*args) -> str | None:
+        broken = why_not(isa)
+        if broken is not None:
+            return broken
         for arg in args:
             if isinstance(arg, Tensor) and arg.device.type != "cpu":
                 return f"needs CPU tensors, got {arg.device}"
-        return why_not(isa) or _lacks(isa, op.name) or refuses(isa, *args)
+        return refuses(isa, *args)
 
     def run(*args, out=None):
         results = outputs(*args) if out is None else out
