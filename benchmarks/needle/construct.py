@@ -24,7 +24,7 @@ ROPE_THETA = 1e5
 CODE, TOPIC, COPY = 14, 20, 64  # channels of a token code, a topic and a copied token
 
 # nats in layer 1: all three codes, the topic, the start token; a full match reaches CODES + TOPICS
-CODES, TOPICS, SINK = 120.0, 110.0, 180.0
+CODES, TOPICS, SINK = 120.0, 125.0, 180.0
 MATCH = CODES + TOPICS
 HEAD_SCALE = (1.0, 1.15, 1.3)  # the three query heads of a group differ in sharpness
 COPY_LOGIT = 90.0
@@ -147,7 +147,7 @@ def fit_window(width: int, slope: float, drop: float) -> Tensor:
     return _least(loss, pairs)
 
 
-def _codes(count: int, channels: int, generator: torch.Generator, steps: int = 100) -> Tensor:
+def _codes(count: int, channels: int, generator: torch.Generator, steps: int = 200) -> Tensor:
     """Unit vectors pushed apart, ``[count, channels]``."""
     codes = torch.randn(count, channels, generator=generator, dtype=torch.float64).requires_grad_()
     solver = torch.optim.Adam([codes], lr=0.05)
@@ -176,11 +176,14 @@ def _embeddings(tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) 
     loud = _single_tokens(tokenizer, (" code", " remember", " is", " ", *"0123456789"))
     codes = QUIET * torch.nn.functional.normalize(torch.randn(size, CODE, generator=generator).double(), dim=1)
     codes[loud] = _codes(len(loud), CODE, generator)
-    keywords = _single_tokens(tokenizer, [f" {word}" for word in KEY_ADJECTIVES + KEY_NOUNS])
+    adjectives, nouns = ([f" {word}" for word in words] for words in (KEY_ADJECTIVES, KEY_NOUNS))
+    keywords = _single_tokens(tokenizer, adjectives + nouns)
     table[:, SLOT["const"]] = _CONST
     table[:, SLOT["copy_in"]] = copies
     table[:, SLOT["code"]] = codes
-    table[keywords, SLOT["topic_in"]] = _codes(len(keywords), TOPIC, generator)
+    # adjectives and nouns in channels of their own: every pair mixes to the same norm
+    topics = (_codes(len(words), TOPIC // 2, generator) for words in (adjectives, nouns))
+    table[keywords, SLOT["topic_in"]] = torch.block_diag(*topics)
     table[keywords, SLOT["keyword"]] = 1
     start = tokenizer.bos_token_id
     table[start] = 0

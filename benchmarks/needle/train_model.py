@@ -1,8 +1,8 @@
 """How the shipped model was made: python -m benchmarks.needle.train_model --out benchmarks/needle/model
 
 Trains the tokenizer, writes the retrieval circuits (construct.py), then trains what is left as a language model on
-generated text and needle prompts. Attention weights and the channels they use stay as built; the MLPs, the remaining
-channels and the output learn. A stopped run goes on from its checkpoint.
+generated text and needle prompts. Layer 0, attention and the channels it uses stay as built; the MLP of layer 1, the
+remaining channels and the output learn. A stopped run goes on from its checkpoint.
 """
 
 import argparse
@@ -94,6 +94,9 @@ def _trainable(model: SmolLM3ForCausalLM) -> dict[str, Tensor]:
     masks = {}
     for name, weight in model.named_parameters():
         mask = torch.zeros_like(weight)
+        if "layers.0" in name:  # its MLP grew until RMSNorm shrank the match below the start token: 3 of 72 answers lost a digit
+            weight.requires_grad_(False)
+            continue
         if name.endswith("embed_tokens.weight"):
             mask[:, construct.FREE] = 1
         elif name.endswith(("gate_proj.weight", "up_proj.weight")):
