@@ -153,6 +153,9 @@ class Worker {
 void select_blocks(const SelectBlocks& args, const Parallel& parallel) {
   const View& v = args.score;
   const int64_t heads = v.size[1], q_blocks = v.size[2], rows = v.size[0] * heads * q_blocks, tasks = (rows + kRows - 1) / kRows;
+  for (int64_t h = 0; args.threshold && h < heads; ++h)
+    SA_CHECK(args.threshold[h] >= 0 && args.threshold[h] <= 1, "threshold has an entry outside [0, 1]: head ", h, " got ",
+             args.threshold[h], "; it is a share of attention mass");
   std::atomic<int64_t> bad{rows};
   parallel_tasks(parallel, tasks, [&](TaskQueue& queue) {
     Worker worker(args);

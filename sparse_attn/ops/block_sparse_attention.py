@@ -35,6 +35,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap
     return p[..., : k.shape[1]] @ v, lse
 
 
+def _require_listed(counts: Tensor, indices: Tensor, n_k: int, block_k: int) -> None:
+    """On a CPU, where looking is free: every list names blocks that exist."""
+    slots, blocks = indices.shape[3], -(-n_k // block_k)
+    used = torch.arange(slots, device=indices.device) < counts[..., None]
+    if counts.device.type == "cpu" and counts.numel():
+        low, high = counts.aminmax()
+        require(low >= 0 and high <= slots, f"counts reach from {low} to {high} but there are {slots} slots; counts must be 0..slots")
+        bad = indices[used & ((indices < 0) | (indices >= blocks))]
+        require(not len(bad), f"indices name block {bad[:1].tolist()} but {n_k} keys make {blocks} blocks of {block_k}")
+
+
 @op
 def block_sparse_attention(
     q: Tensor,
@@ -85,6 +96,7 @@ def block_sparse_attention(
     """
     batch, heads, n_q, _ = q.shape
     n_k, group, per_list = k.shape[2], heads // k.shape[1], heads // counts.shape[1]
+    _require_listed(counts, indices, n_k, block_k)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(batch, n_q, heads, v.shape[3]).transpose(1, 2)
     lse = torch.full((batch, heads, n_q), float("-inf"), device=q.device, dtype=torch.float32)
@@ -128,16 +140,6 @@ def _(q, k, v, counts, indices, block_q, block_k, scale, q_start, causal, window
     )
     if sinks is not None:
         require(tuple(sinks.shape) == (q.shape[1],), f"sinks must be [{q.shape[1]}], one logit per head, got {list(sinks.shape)}")
-    if counts.device.type == "cpu" and counts.numel():
-        blocks = -(-k.shape[2] // block_k)
-        low, high = counts.aminmax()
-        require(
-            low >= 0 and high <= indices.shape[3],
-            f"counts lie in {int(low)}..{int(high)} but indices have {indices.shape[3]} slots; counts must be 0..slots",
-        )
-        if indices.numel():
-            top = int(indices.max())
-            require(top < blocks, f"indices name block {top} but {k.shape[2]} keys make {blocks} blocks of {block_k}")
 
 
 @block_sparse_attention.fake

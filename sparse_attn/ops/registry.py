@@ -24,10 +24,21 @@ LIBRARY = torch.library.Library("sparse_attn", "DEF")
 OPS: dict[str, Op] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("sparse_attn_backend", default=None)
 
+# call shapes remembered per op; a generation meets a new one per token
+_MOST_SETTLED = 1024
+
+
+def _wanted() -> str | None:
+    """The backend that use_backend or the environment asks for."""
+    return _forced.get() or os.environ.get("SPARSE_ATTN_BACKEND") or None
+
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an op. ``why_not(*args)`` is None when it would run, else a sentence 'needs X, got Y'."""
+    """One way to compute an op. ``why_not(*args)`` is None when it would run, else a sentence 'needs X, got Y'.
+
+    The verdict may depend on shapes, dtypes, devices and numbers, never on what a tensor holds: it is remembered per call shape.
+    """
 
     name: str
     run: Callable
@@ -46,6 +57,7 @@ class Op:
         self._defaults = tuple(p.default for p in self.signature.parameters.values())
         self._check: Callable = lambda *args: None
         self._warned: set[str] = set()
+        self._settled: dict[tuple, Callable] = {}  # call shape -> what runs it, once its contract was checked
         LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
         LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         self._call = getattr(getattr(torch.ops.sparse_attn, self.name), "default")
@@ -65,7 +77,10 @@ class Op:
     # -- definition ---------------------------------------------------------------------------------------------------
 
     def check(self, fn: Callable) -> Callable:
-        """Register the contract: ``fn(*args)`` raises ContractError on bad input, before any backend is asked."""
+        """Register the contract: ``fn(*args)`` raises ContractError on bad input, before any backend is asked.
+
+        It sees each call shape once, so it must not look at what a tensor holds; that is for the backends, which read it anyway.
+        """
         self._check = fn
         return fn
 
@@ -80,6 +95,7 @@ class Op:
         def register(run: Callable) -> Callable:
             require(name not in self.names, f"{self.name} already has a backend named {name}; choose another name")
             self.backends.append(Backend(name, run, why_not))
+            self._settled.clear()
             return run
 
         return register
@@ -113,13 +129,21 @@ class Op:
     def _dispatch(self, *args, **kwargs):
         # torch drops trailing arguments that equal their default; put them back
         args = self._bind(args, kwargs) if kwargs else args + self._defaults[len(args) :]
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise ContractError(f"{self.name} is inference only and got an input that requires grad; use torch.no_grad()")
-        self._check(*args)
-        return self._choose(args)[1](*args)
+        grad = torch.is_grad_enabled()
+        shape = (_wanted(), *[(a.shape, a.dtype, a.device, grad and a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args])
+        run = self._settled.get(shape)
+        if run is None:
+            if grad and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+                raise ContractError(f"{self.name} is inference only and got an input that requires grad; use torch.no_grad()")
+            self._check(*args)
+            run = self._choose(args)[1]
+            if len(self._settled) >= _MOST_SETTLED:
+                self._settled.clear()
+            self._settled[shape] = run
+        return run(*args)
 
     def _choose(self, args: tuple) -> tuple[str, Callable]:
-        wanted = _forced.get() or os.environ.get("SPARSE_ATTN_BACKEND") or None
+        wanted = _wanted()
         if wanted is not None:
             return wanted, self._forced_run(wanted, args)
         refusals = []

@@ -79,6 +79,8 @@ def select_blocks(
     """
     batch, heads, q_blocks, k_blocks = score.shape
     looked = score.device.type != "cpu" or bool(((score >= 0) & (score < float("inf"))).all())
+    share = threshold is None or score.device.type != "cpu" or bool(((threshold >= 0) & (threshold <= 1)).all())
+    require(share, "threshold has an entry outside [0, 1]; it is a share of attention mass")
     require(looked, "score has a NaN, infinite or negative entry; mass is finite and not negative")
     kept = torch.zeros(batch, heads, q_blocks, k_blocks, dtype=torch.bool, device=score.device)
     column = torch.arange(k_blocks, device=score.device)
@@ -107,9 +109,6 @@ def _(score, threshold, top_k, block_q, block_k, n_q, n_k, q_start, causal, wind
             threshold.dtype == torch.float64 and tuple(threshold.shape) == (score.shape[1],),
             f"threshold must be float64 [{score.shape[1]}], one share per head, got {threshold.dtype} {list(threshold.shape)}",
         )
-        if threshold.device.type == "cpu":
-            inside = bool(((threshold >= 0) & (threshold <= 1)).all())
-            require(inside, f"threshold {threshold.tolist()} leaves [0, 1]; it is a share of attention mass")
     require(sink >= 0 and recent >= 0, f"sink={sink} and recent={recent} count blocks and cannot be negative")
     require(causal or recent == 0, f"recent={recent} needs causal=True; without positions no block is recent, use 0")
     require_span(score.shape[0], n_q, n_k, q_start, causal, window, first, last)
