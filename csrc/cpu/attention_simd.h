@@ -16,8 +16,9 @@ struct Run {
 constexpr float kNoSink = -std::numeric_limits<float>::max();
 
 // Outer-product blocking: kRows broadcasts against kVecs vectors. Accumulators fill the register file but for the operands.
+// On AVX-512 4 x 6 beat 2 x 12 by about a tenth (one thread, D=128), though a panel of Q^T is then as large as L1.
 #if defined(__AVX512F__)
-constexpr int kSimdVecs = 2, kSimdRows = 12;
+constexpr int kSimdVecs = 4, kSimdRows = 6;
 #elif defined(__AVX2__)
 constexpr int kSimdVecs = 2, kSimdRows = 6;
 #else
