@@ -193,8 +193,8 @@ class SimdEngine {
     l_ = scratch.take<float>(lanes);
     keep_ = scratch.take<float>(kPanel);
     p_ = scratch.take<float>(kTileKeys * kPanel);
-    k_own_ = scratch.take<float>(kTileKeys * d_);
-    v_own_ = scratch.take<float>(kTileKeys * dv_);
+    k_tile_ = scratch.take<float>(kTileKeys * d_);
+    v_tile_ = scratch.take<float>(kTileKeys * dv_);
   }
 
   // a new task: `rows` queries from row0 on (counted from the first real one); factor turns q.k into what the softmax wants
@@ -215,8 +215,8 @@ class SimdEngine {
   }
 
   void load_tile(const Run* runs, int n_runs, int) {
-    k_tile_ = one(k_, a_.k, d_, runs, n_runs, k_own_, &k_stride_);
-    v_tile_ = one(v_, a_.v, dv_, runs, n_runs, v_own_, &v_stride_);
+    widen(k_, a_.k, d_, runs, n_runs, k_tile_);
+    widen(v_, a_.v, dv_, runs, n_runs, v_tile_);
   }
 
   // one panel against the first `keys` keys of the tile; hide(s, first key, keys) masks logits in place
@@ -225,14 +225,14 @@ class SimdEngine {
     const float* q = q_ + int64_t(panel) * kPanel * d_;
     int64_t k = 0;
     for (; k + kSimdRows <= keys; k += kSimdRows)
-      simd_scores<kSimdRows>(k_tile_ + k * k_stride_, k_stride_, q, d_, p_ + k * kPanel);
-    simd_scores_tail(keys - k, k_tile_ + k * k_stride_, k_stride_, q, d_, p_ + k * kPanel);
+      simd_scores<kSimdRows>(k_tile_ + k * d_, d_, q, d_, p_ + k * kPanel);
+    simd_scores_tail(keys - k, k_tile_ + k * d_, d_, q, d_, p_ + k * kPanel);
     hide(p_, 0, keys);
     online_softmax<kVecs>(p_, keys, m_ + panel * kPanel, l_ + panel * kPanel, keep_);
     float* o = o_ + int64_t(panel) * kPanel * dv_;
     int64_t i = 0;
-    for (; i + kSimdRows <= dv_; i += kSimdRows) simd_values<kSimdRows>(v_tile_ + i, v_stride_, p_, keys, keep_, o + i * kPanel);
-    simd_values_tail(dv_ - i, v_tile_ + i, v_stride_, p_, keys, keep_, o + i * kPanel);
+    for (; i + kSimdRows <= dv_; i += kSimdRows) simd_values<kSimdRows>(v_tile_ + i, dv_, p_, keys, keep_, o + i * kPanel);
+    simd_values_tail(dv_ - i, v_tile_ + i, dv_, p_, keys, keep_, o + i * kPanel);
   }
 
   // write rows [row, row + rows) of the tensor and their lse
@@ -247,29 +247,18 @@ class SimdEngine {
   }
 
  private:
-  // the rows of a tile as floats: in place where they already are, else copied
-  static const float* one(const Storage* from, const View& view, int64_t columns, const Run* runs, int n_runs, float* own,
-                          int64_t* stride) {
-    if constexpr (std::is_same_v<Element, Fp32>) {
-      if (n_runs == 1 && view.stride[3] == 1) {
-        *stride = view.stride[2];
-        return from + runs[0].start * view.stride[2];
-      }
-    }
-    *stride = columns;
-    float* to = own;
+  // the rows of a tile as floats; float32 is copied too, the panels then find it in L2 (no slower than reading in place)
+  static void widen(const Storage* from, const View& view, int64_t columns, const Run* runs, int n_runs, float* to) {
     for (int r = 0; r < n_runs; ++r)
       for (int64_t i = 0; i < runs[r].keys; ++i, to += columns)
         read_row<Element>(from + (runs[r].start + i) * view.stride[2], view.stride[3], columns, to);
-    return own;
   }
 
   const BlockSparseAttention& a_;
   const int64_t d_, dv_;
-  int64_t b_ = 0, h_ = 0, k_stride_ = 0, v_stride_ = 0;
+  int64_t b_ = 0, h_ = 0;
   const Storage *k_ = nullptr, *v_ = nullptr;
-  const float *k_tile_ = nullptr, *v_tile_ = nullptr;
-  float *q_, *o_, *m_, *l_, *keep_, *p_, *k_own_, *v_own_;
+  float *q_, *o_, *m_, *l_, *keep_, *p_, *k_tile_, *v_tile_;
 };
 
 }  // namespace SA_NAMESPACE
