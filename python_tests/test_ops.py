@@ -119,7 +119,8 @@ def test_two_halves_merged_by_lse_equal_the_whole(backend, case):
     weight = lambda part: (part - merged_lse).exp().nan_to_num(0.0)[..., None]  # noqa: E731
     step = torch.finfo(case["q"].dtype).eps
     torch.testing.assert_close(a * weight(lse_a) + b * weight(lse_b), whole, atol=8 * step, rtol=2 * step)
-    torch.testing.assert_close(merged_lse, lse, atol=1e-4, rtol=1e-5)
+    # a kernel may sum the probabilities as rounded to its input's dtype, so that out and lse agree
+    torch.testing.assert_close(merged_lse, lse, atol=max(1e-4, step / 4), rtol=1e-5)
 
 
 @op_backends("block_sparse_attention")

@@ -383,7 +383,8 @@ class AmxEngine {
     flush();
     float* l = l_ + panel * kPanel;
     for (int v = 0; v < kVecs; ++v) {
-      const F32 raised = max(anchor[v], high[v]);
+      // lane by lane: a query's result must not depend on what its neighbours see
+      const F32 raised = high[v] > anchor[v] + kSlack ? high[v] : anchor[v];
       const F32 keep = exp2_nonpositive(anchor[v] - raised);
       anchor[v] = raised;
       store(m + v * kLanes, raised);
