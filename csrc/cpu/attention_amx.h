@@ -220,10 +220,9 @@ class AmxEngine {
       for (int i = n; i < kStrip; ++i)
         for (int v = 0; v < kVecs; ++v) store(s + i * kPanel + v * kLanes, splat(-std::numeric_limits<float>::infinity()));
       hide(s, strip * kStrip, n);
-      raise_anchor(panel, s, top, [&] {
+      raise_anchor(panel, s, top, total, [&] {
         multiply(o, from, strip);
         from = strip;
-        add_total(panel, total);
       });
       auto some = [&](int pair0, int pair1) {
         for (int pair = pair0; pair < pair1; ++pair)
@@ -349,21 +348,24 @@ class AmxEngine {
           for (int strip = from; strip < to; ++strip) add(strip, {0, 0});
           tiles_2x2_store(at, kPanel * 4);
         } else {
-          // small products first and the large output last: added in another order, float32 had 1.6 times torch's error
+          // small products first and the large output last: added in another order, float32 had 1.6 times torch's error.
+          // One strip at a time: were strips summed together, a rescale between them would change the order of the sum,
+          // and a query's last bit would depend on keys that only its neighbours see
           alignas(64) float sum[32 * 32];
-          tiles_2x2_zero();
-          for (const TermPair pair : term_pairs<kTerms>())
-            for (int strip = from; strip < to; ++strip) add(strip, pair);
-          tiles_2x2_store(sum, 128);
-          for (int r = 0; r < 32; ++r)
-            for (int i = 0; i < 32; i += kLanes) store(at + r * kPanel + i, load(at + r * kPanel + i) + load(sum + r * 32 + i));
+          for (int strip = from; strip < to; ++strip) {
+            tiles_2x2_zero();
+            for (const TermPair pair : term_pairs<kTerms>()) add(strip, pair);
+            tiles_2x2_store(sum, 128);
+            for (int r = 0; r < 32; ++r)
+              for (int i = 0; i < 32; i += kLanes) store(at + r * kPanel + i, load(at + r * kPanel + i) + load(sum + r * 32 + i));
+          }
         }
       }
   }
 
   // Anchors of the panel for this strip. Where a logit is too far above, flush() first brings what was summed up to date.
   template <class Flush>
-  SA_INLINE void raise_anchor(int panel, const float* s, F32* anchor, const Flush& flush) {
+  SA_INLINE void raise_anchor(int panel, const float* s, F32* anchor, F32* total, const Flush& flush) {
     F32 high[kVecs];
     #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) high[v] = load(s + v * kLanes);
@@ -389,6 +391,7 @@ class AmxEngine {
       anchor[v] = raised;
       store(m + v * kLanes, raised);
       store(l + v * kLanes, load(l + v * kLanes) * keep);
+      total[v] *= keep;
       float* o = o_ + int64_t(panel) * kPanel * dv_tiles_ * 16 + v * kLanes;
       for (int64_t c = 0; c < dv_; ++c) store(o + c * kPanel, load(o + c * kPanel) * keep);
     }
