@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_attn.errors import ContractError
-from sparse_attn.ops import OPS, block_sparse_attention, native, use_backend
+from sparse_attn.ops import OPS, antidiagonal_score, block_sparse_attention, native, use_backend
 
 ROOT = Path(__file__).parent.parent
 NATIVE = [f"cpu_{isa}" for isa in native.ISAS + native.TEST_ISAS]
@@ -214,6 +214,49 @@ def test_a_library_that_is_missing_says_so(monkeypatch, tmp_path):
     finally:
         native._load.cache_clear()
         native.why_not.cache_clear()
+
+
+# heads, kv heads, queries, keys, D, stride, window: keys read once and many times, several panels, steps that straddle rows
+SCORES = [
+    (2, 1, 40, 1500, 64, 4, 0),
+    (6, 2, 700, 700, 24, 3, 0),
+    (1, 1, 1100, 1100, 40, 4, 333),
+    (5, 1, 530, 1030, 128, 8, 0),
+    (2, 2, 1030, 1030, 7, 2, 100),
+]
+
+
+@each_backend
+@pytest.mark.parametrize("shape", SCORES, ids=str)
+def test_scores_of_long_inputs_are_right(backend, shape):
+    heads, kv_heads, n_q, n_k, d, stride, window = shape
+    q, k = (torch.randn(2, h, n, d).bfloat16() for h, n in ((heads, n_q), (kv_heads, n_k)))
+    first = torch.tensor([0, n_k - n_q + 17], dtype=torch.int32)
+    rest = (8 * stride, 5 * stride, stride, 2 * d**-0.5, n_k - n_q, True, window, True, first)
+    refusal = antidiagonal_score.explain(q, k, *rest).get(backend, "the library was not built")
+    if refusal is not None:
+        pytest.skip(f"{backend}: {refusal}")
+    with use_backend(backend):
+        got = antidiagonal_score(q, k, *rest)
+    with use_backend("reference"):
+        want = antidiagonal_score(q.double(), k.double(), *rest)
+    torch.testing.assert_close(got.double(), want.double(), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("op, owner", [("antidiagonal_score", "TileProduct"), ("block_sparse_attention", "AmxEngine")])
+def test_the_amx_library_multiplies_tiles(op, owner):
+    """Emulated tiles prove the numbers; that the real library has the instruction can only be read from it."""
+    library, source = native.FOLDER / "cpu_amx.so", ROOT / "csrc" / "cpu" / f"{op}.cpp"
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump on the path")
+    if not library.exists():
+        pytest.skip("the amx library was not built; run python setup.py build_ext --inplace")
+    if source.exists() and source.stat().st_mtime > library.stat().st_mtime:
+        pytest.skip(f"the amx library is older than {op}.cpp; run python setup.py build_ext --inplace")
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], text=True, capture_output=True, check=True).stdout
+    functions = [f for f in listing.split("\n\n") if owner in f.partition("\n")[0]]
+    assert functions, f"no function of {owner}: is the library stripped?"
+    assert any("tdpbf16ps" in f for f in functions)
 
 
 # -- the build ------------------------------------------------------------------------------------------------------------------
