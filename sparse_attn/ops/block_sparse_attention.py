@@ -74,7 +74,7 @@ def block_sparse_attention(
         k: ``[B, Hkv, Nk, D]``, heads not repeated.
         v: ``[B, Hkv, Nk, Dv]``; Dv may differ from D.
         counts: int32 ``[B, Hp, Qb]`` blocks read by each query block; Hp divides H, one list serves H / Hp heads.
-        indices: int32 ``[B, Hp, Qb, S]`` block numbers, ascending and unique; slots past ``counts`` are not read.
+        indices: int32 ``[B, Hp, Qb, S]`` block numbers, ascending and unique (the C++ kernels refuse others); slots past ``counts`` are not read.
         block_q: tokens per query block; Qb is ``ceil(Nq / block_q)``.
         block_k: tokens per key block.
         scale: softmax scale, usually ``D ** -0.5``.
@@ -89,7 +89,7 @@ def block_sparse_attention(
     Returns:
         out: ``[B, H, Nq, Dv]`` in q's dtype, laid out as ``[B, Nq, H, Dv]``. Rows that are padding or see no key are 0.
         lse: float32 ``[B, H, Nq]``, natural log of the sum of exponentials of the logits, sink included, so that
-            ``exp(logit - lse)`` is the probability; -inf for padding rows and for rows that see nothing.
+            ``exp(logit - lse)`` is the probability; -inf for padding rows, and without a sink for rows that see nothing.
 
     Raises:
         ContractError: on mismatched shapes or dtypes, or (on CPU) a count or block number out of range.
