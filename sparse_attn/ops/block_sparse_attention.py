@@ -74,7 +74,8 @@ def block_sparse_attention(
         k: ``[B, Hkv, Nk, D]``, heads not repeated.
         v: ``[B, Hkv, Nk, Dv]``; Dv may differ from D.
         counts: int32 ``[B, Hp, Qb]`` blocks read by each query block; Hp divides H, one list serves H / Hp heads.
-        indices: int32 ``[B, Hp, Qb, S]`` block numbers, ascending and unique (the C++ kernels refuse others); slots past ``counts`` are not read.
+        indices: int32 ``[B, Hp, Qb, S]`` block numbers, ascending and unique (the C++ kernels refuse others);
+            slots past ``counts`` are not read.
         block_q: tokens per query block; Qb is ``ceil(Nq / block_q)``.
         block_k: tokens per key block.
         scale: softmax scale, usually ``D ** -0.5``.
