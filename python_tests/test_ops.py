@@ -33,7 +33,9 @@ def test_attention_is_as_accurate_as_torch(backend, listed):
     assert torch.equal(lse.isneginf(), lse_truth.isneginf()), "lse is -inf exactly where nothing is seen"
     there = ~lse_truth.isneginf()
     if there.any():
-        assert_as_good_as_torch(lse[there], lse_plain[there], lse_truth[there], floor=1e-5)
+        # a kernel may sum the probabilities as rounded to its input's dtype, so that out and lse agree
+        floor = max(1e-5, torch.finfo(case["q"].dtype).eps / 4)
+        assert_as_good_as_torch(lse[there], lse_plain[there], lse_truth[there], floor)
     assert (out[~there] == 0).all(), "a row that sees nothing must be 0"
 
 
@@ -118,9 +120,10 @@ def test_two_halves_merged_by_lse_equal_the_whole(backend, case):
     merged_lse = torch.logaddexp(lse_a, lse_b)
     weight = lambda part: (part - merged_lse).exp().nan_to_num(0.0)[..., None]  # noqa: E731
     step = torch.finfo(case["q"].dtype).eps
-    torch.testing.assert_close(a * weight(lse_a) + b * weight(lse_b), whole, atol=8 * step, rtol=2 * step)
-    # a kernel may sum the probabilities as rounded to its input's dtype, so that out and lse agree
-    torch.testing.assert_close(merged_lse, lse, atol=max(1e-4, step / 4), rtol=1e-5)
+    # float32 logits of size 40 are themselves off by 40 steps; in the narrow dtypes the rounding of out is larger than that
+    steps = 80 if case["q"].dtype == torch.float32 else 8
+    torch.testing.assert_close(a * weight(lse_a) + b * weight(lse_b), whole, atol=steps * step, rtol=2 * step)
+    torch.testing.assert_close(merged_lse, lse, atol=max(1e-4, step / 2), rtol=1e-5)
 
 
 @op_backends("block_sparse_attention")

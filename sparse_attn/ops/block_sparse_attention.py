@@ -91,6 +91,7 @@ def block_sparse_attention(
         out: ``[B, H, Nq, Dv]`` in q's dtype, laid out as ``[B, Nq, H, Dv]``. Rows that are padding or see no key are 0.
         lse: float32 ``[B, H, Nq]``, natural log of the sum of exponentials of the logits, sink included, so that
             ``exp(logit - lse)`` is the probability; -inf for padding rows, and without a sink for rows that see nothing.
+            A backend that rounds probabilities to q's dtype sums them rounded: exact against out, within eps / 4 of the truth.
 
     Raises:
         ContractError: on mismatched shapes or dtypes, or (on CPU) a count or block number out of range.
