@@ -155,10 +155,7 @@ def test_snippets_are_found_and_skipped():
 
 
 def test_readme_snippets_run(tmp_path):
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md yet")
-    blocks = snippets(readme.read_text())
+    blocks = snippets((ROOT / "README.md").read_text())
     assert blocks, "README.md has no python block to run"
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks))

@@ -113,15 +113,26 @@ def load(model: str, device: str, dtype: torch.dtype, trust: bool) -> tuple[PreT
     return loaded.to(device).eval(), tokenizer
 
 
+_ENDS = 1 << 20  # bytes of each end of a file that its identity is read from
+
+
 def weights_id(model: str) -> str:
-    """Changes when the files of a local model change; empty for a hub id."""
+    """Changes when the files of a local model change, the same wherever they lie; empty for a hub id.
+
+    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return ""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read())
     return digest.hexdigest()[:12]
 
 
