@@ -204,7 +204,8 @@ def _select_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     q, k, _ = shape.tensors
     score = ops.antidiagonal_score(q, k, shape.block, shape.block, STRIDES[0], shape.scale)
     share = torch.full((shape.heads,), 0.9, dtype=torch.float64)
-    for rule, threshold, top_k in (("threshold 0.9", share, 0), ("top_k", None, top_k_for(shape, min(args.density)))):
+    top_k = torch.full((1, 1, 1), top_k_for(shape, min(args.density)), dtype=torch.int32)
+    for rule, threshold, top_k in (("threshold 0.9", share, None), ("top_k", None, top_k)):
         call_args = score, threshold, top_k, shape.block, shape.block, shape.n, shape.n
         ours, exact = ops.select_blocks(*call_args), ops.select_blocks.reference(*call_args)
         if not all(torch.equal(a, b) for a, b in zip(ours, exact)):
@@ -236,7 +237,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     index, edges = random_lists(one, 1.0), (one.block, one.block)
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
-        "select_blocks": (torch.ones(1, 1, 1, 1), None, 1, *edges, 1, 1),
+        "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),
     }
     for name, call_args in few.items():

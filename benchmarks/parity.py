@@ -40,7 +40,7 @@ def recall(q, k, query, key, run: int, stride: int, alternate: bool, block: int,
     """Share of (head, planted query block) pairs whose list has every key block that this query block copies from."""
     n_q, n = q.shape[2], k.shape[2]
     score = ops.antidiagonal_score(q, k, block, block, stride, q.shape[3] ** -0.5, n - n_q, alternate=alternate)
-    counts, indices = ops.select_blocks(score, None, top_k, block, block, n_q, n, n - n_q)
+    counts, indices = ops.select_blocks(score, None, torch.full((1, 1, 1), top_k, dtype=torch.int32), block, block, n_q, n, n - n_q)
     found, wanted = 0, 0
     for h, (first, source) in enumerate(zip(query.tolist(), key.tolist())):
         needs = {((first + i) // block, (source + i) // block) for i in range(run)}

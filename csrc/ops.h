@@ -64,9 +64,21 @@ struct AntidiagonalScore {
 void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
 
 struct SelectBlocks {
+  // read with broadcasting: the stride of a dimension of size 1 is 0; null for none
+  template <class T>
+  struct Strided {
+    const T* data;
+    int64_t stride[4];
+    T at(int64_t b, int64_t h, int64_t i, int64_t j = 0) const {
+      return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
+    }
+  };
   View score;               // fp32 [B, H, Qb, Kb]
   const double* threshold;  // [H], or null for top_k
-  int64_t top_k, block_q, block_k, n_q, n_k, q_start;
+  Strided<int32_t> top_k;   // [B, H, Qb]
+  Strided<uint8_t> always;  // [B, H, Qb, Kb]
+  bool inclusive;
+  int64_t block_q, block_k, n_q, n_k, q_start;
   bool causal;
   int64_t window, sink, recent;
   Padding padding;

@@ -89,7 +89,8 @@ def antidiagonal_shares(q: Tensor, k: Tensor, block_q: int, block_k: int, stride
     return shares / shares.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
-def kept_blocks(mass: list[float], reachable: list[int], forced: list[int], threshold: float | None, top_k: int) -> list[int]:
+def kept_blocks(mass: list[float], reachable: list[int], forced: list[int], threshold: float | None, top_k: int,
+                inclusive: bool = True) -> list[int]:
     """The selection rule on one row, one block at a time."""
     others = sorted((j for j in reachable if j not in forced), key=lambda j: (-mass[j], j))
     if threshold is None:
@@ -98,7 +99,7 @@ def kept_blocks(mass: list[float], reachable: list[int], forced: list[int], thre
         return sorted(reachable)
     total, before, kept = sum(mass[j] for j in reachable), sum(mass[j] for j in forced), list(forced)
     for j in others:
-        if not before < threshold * total or mass[j] == 0:
+        if not (before < threshold * total if inclusive else before + mass[j] <= threshold * total) or mass[j] == 0:
             break
         kept.append(j)
         before += mass[j]

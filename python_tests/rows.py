@@ -76,6 +76,11 @@ def share(value: float, heads: int) -> torch.Tensor:
     return torch.full((heads,), value, dtype=torch.float64)
 
 
+def most(blocks: int) -> torch.Tensor:
+    """The same top_k for every row."""
+    return torch.full((1, 1, 1), blocks, dtype=torch.int32)
+
+
 def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
     """Arguments that every backend of an op takes in some dtype; a refusal of these is the machine's."""
     q = randn(2, 4, 70, 64, dtype, "tokens_first", 0)
@@ -83,8 +88,14 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
     first, last = torch.tensor([0, 25], dtype=torch.int32), torch.tensor([90, 88], dtype=torch.int32)
     lists = torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6).contiguous()
     counts = torch.full((2, 2, 5), 6, dtype=torch.int32)
+    score, geometry = torch.rand(2, 4, 5, 6), (16, 16, 70, 90, 20, True, 0, first, last)
     return {
         "antidiagonal_score": (q, k, 16, 16, 4, 0.125, 20, True, 0, True, first, last),
-        "select_blocks": (torch.rand(2, 4, 5, 6), share(0.7, 4), 0, 16, 16, 70, 90, 20, True, 0, 1, 1, first, last),
+        "js_distance": (torch.rand(2, 4, 9).softmax(-1), torch.rand(2, 4, 9).softmax(-1)),
+        "pool_blocks": (q, 16, "unit_mean", first.clamp(max=60), last.clamp(max=70)),
+        "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
+        "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),
+        "select_global": (score, share(0.7, 4), "head", *geometry, score > 0.9, False),
+        "window_score": (q, k, torch.tensor([[3, 5, 6, 69], [-1, 0, 9, 60]], dtype=torch.int32), 0.125, 20, True, 33, 5.0, first, last),
         "block_sparse_attention": (q, k, v, counts, lists, 16, 16, 0.125, 20, True, 33, 5.0, first, last, torch.randn(4)),
     }[op]

@@ -68,7 +68,7 @@ def test_use_backend_ends_with_its_block_even_on_error():
 def test_meta_tensors_need_no_backend():
     assert torch.ops.sparse_attn.select_blocks.default is not None
     score = torch.empty(1, 2, 4, 4, device="meta")
-    counts, indices = select_blocks(score, None, 1, 16, 16, 64, 64)
+    counts, indices = select_blocks(score, None, torch.empty(1, 1, 1, dtype=torch.int32, device="meta"), 16, 16, 64, 64)
     assert counts.shape == (1, 2, 4) and indices.shape == score.shape and counts.device.type == "meta"
 
 

@@ -6,7 +6,7 @@ from conftest import op_backends, skip_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import antidiagonal_shares, assert_as_good_as_torch, attention, attention_mask, kept_blocks
-from rows import attention_args, attention_cases, listed_cases, plain_args, randn, share
+from rows import attention_args, attention_cases, listed_cases, most, plain_args, randn, share
 
 from sparse_attn.errors import ContractError
 from sparse_attn.ops import OPS, antidiagonal_score, block_sparse_attention, select_blocks, use_backend
@@ -188,12 +188,14 @@ def selection_cases(draw) -> dict:
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     score = torch.rand(shape, generator=g)
     score = draw(st.sampled_from([score, (score * 4).floor(), score**8, torch.zeros(shape), (score < 0.2).float()]))
-    top_k = draw(st.sampled_from([0, 0, 1, 3]))
+    top_k = draw(st.sampled_from([0, 0, 1, 2, 3]))
     shares = torch.rand(heads, generator=g, dtype=torch.float64)
     shares[: heads // 2] = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     keys = ("block_q", "block_k", "q_start", "causal", "window", "first", "last")
-    return dict({name: case[name] for name in keys}, score=score, threshold=None if top_k else shares, top_k=top_k, n_q=n_q,
-                n_k=n_k, sink=draw(st.sampled_from([1, 0, 2])), recent=draw(st.sampled_from([1, 0, 2])) if case["causal"] else 0)
+    always = draw(st.sampled_from([None, score.flip(0) > 0.8, score[:, :1, :, :] > 0.5]))
+    most = [None, torch.tensor([[[1]]]), torch.randint(0, 5, shape[:3], generator=g), torch.arange(heads)[None, :, None]][top_k]
+    return dict({name: case[name] for name in keys}, score=score, threshold=None if top_k else shares,
+                top_k=most.int() if top_k else None, n_q=n_q, n_k=n_k, always=always, inclusive=draw(st.booleans()), sink=draw(st.sampled_from([1, 0, 2])), recent=draw(st.sampled_from([1, 0, 2])) if case["causal"] else 0)
 
 
 @op_backends("select_blocks")
@@ -210,7 +212,11 @@ def test_selection_equals_one_block_at_a_time(backend, case):
                 reachable = list(range(int(low[i]), int(high[i]) + 1)) if i < len(low) else []
                 forced = [j for j in reachable if j < case["sink"] or (case["recent"] and j >= int(own[i]) - case["recent"] + 1)]
                 share_h = None if case["threshold"] is None else float(case["threshold"][h])
-                want = kept_blocks(case["score"][b, h, i].double().tolist(), reachable, forced, share_h, case["top_k"])
+                most = case["top_k"].expand(batch, heads, qb)[b, h, i] if share_h is None else 0
+                want = kept_blocks(case["score"][b, h, i].double().tolist(), reachable, forced, share_h, int(most), case["inclusive"])
+                if case["always"] is not None:
+                    besides = case["always"].expand(case["score"].shape)[b, h, i]
+                    want = sorted({*want, *(j for j in reachable if besides[j])})
                 got = indices[b, h, i].tolist()
                 assert got == want + [-1] * (kb - len(want)) and counts[b, h, i] == len(want)
 
@@ -222,9 +228,9 @@ def test_selection_equals_one_block_at_a_time(backend, case):
 ])  # fmt: skip
 def test_selection_of_the_worked_examples(backend, mass, threshold, kept):
     score = torch.tensor(mass, dtype=torch.float32).expand(1, 1, 4, 4).contiguous()
-    skip_unless(select_blocks, backend, score, share(threshold, 1), 0, 1, 1, 4, 4)
+    skip_unless(select_blocks, backend, score, share(threshold, 1), None, 1, 1, 4, 4)
     with use_backend(backend):
-        counts, indices = select_blocks(score, share(threshold, 1), 0, 1, 1, 4, 4)
+        counts, indices = select_blocks(score, share(threshold, 1), None, 1, 1, 4, 4)
     assert indices[0, 0, 3, : counts[0, 0, 3]].tolist() == kept
     assert indices[0, 0, 0].tolist() == [0, -1, -1, -1], "the first row reads its own block and nothing else"
 
@@ -233,7 +239,7 @@ def test_selection_of_the_worked_examples(backend, mass, threshold, kept):
 def test_ties_go_to_the_lower_index(backend):
     score = torch.ones(1, 2, 1, 400)
     score[0, 1, 0, ::2] = 2.0
-    for rule in (dict(threshold=share(0.25, 2), top_k=0), dict(threshold=None, top_k=100)):
+    for rule in (dict(threshold=share(0.25, 2), top_k=None), dict(threshold=None, top_k=most(100))):
         args = dict(score=score, **rule, block_q=1, block_k=1, n_q=1, n_k=400, causal=False, sink=0, recent=0)
         skip_unless(select_blocks, backend, **args)
         with use_backend(backend):
@@ -246,9 +252,9 @@ def test_ties_go_to_the_lower_index(backend):
 @op_backends("select_blocks")
 def test_without_forced_blocks_selection_is_inclusive_top_p(backend):
     score = torch.tensor([4.0, 1, 3, 2]).expand(1, 1, 1, 4).contiguous()
-    skip_unless(select_blocks, backend, score, share(0.75, 1), 0, 1, 1, 1, 4, causal=False, sink=0, recent=0)
+    skip_unless(select_blocks, backend, score, share(0.75, 1), None, 1, 1, 1, 4, causal=False, sink=0, recent=0)
     with use_backend(backend):
-        counts, indices = select_blocks(score, share(0.75, 1), 0, 1, 1, 1, 4, causal=False, sink=0, recent=0)
+        counts, indices = select_blocks(score, share(0.75, 1), None, 1, 1, 1, 4, causal=False, sink=0, recent=0)
     assert indices[0, 0, 0].tolist() == [0, 2, 3, -1]
 
 
@@ -266,10 +272,10 @@ SCORE = torch.ones(1, 4, 4, 4)
     (lambda: antidiagonal_score(Q.int(), K.int(), 16, 16, 4, 1.0), "dtype torch.int32 is not supported"),
     (lambda: antidiagonal_score(Q, K, 16, 16, 4, 1.0, 3), "lie past the 64 keys"),
     (lambda: antidiagonal_score(Q, K, 16, 16, 4, 1.0, first=torch.zeros(2, dtype=torch.int32)), "first must be int32 [1]"),
-    (lambda: select_blocks(SCORE, None, 0, 16, 16, 64, 64), "either threshold or a positive top_k"),
-    (lambda: select_blocks(SCORE, share(0.5, 3), 0, 16, 16, 64, 64), "threshold must be float64 [4]"),
-    (lambda: select_blocks(SCORE, share(0.5, 4), 0, 16, 16, 80, 64), "make (5, 4)"),
-    (lambda: select_blocks(SCORE, share(0.5, 4), 0, 16, 16, 64, 64, causal=False), "recent=1 needs causal=True"),
+    (lambda: select_blocks(SCORE, None, None, 16, 16, 64, 64), "either threshold or top_k"),
+    (lambda: select_blocks(SCORE, share(0.5, 3), None, 16, 16, 64, 64), "threshold must be float64 [4]"),
+    (lambda: select_blocks(SCORE, share(0.5, 4), None, 16, 16, 80, 64), "make (5, 4)"),
+    (lambda: select_blocks(SCORE, share(0.5, 4), None, 16, 16, 64, 64, causal=False), "recent=1 needs causal=True"),
     (lambda: block_sparse_attention(Q, K, K[:, :, :63], *LIST, 64, 64, 1.0), "v must be [B, Hkv, Nk, Dv]"),
     (lambda: block_sparse_attention(Q, K, K, LIST[0], LIST[1].float(), 64, 64, 1.0), "indices must be int32"),
     (lambda: block_sparse_attention(Q, K, K, *LIST, 32, 64, 1.0), "must begin with [1, 4, 2]"),
@@ -284,10 +290,10 @@ def test_bad_input_gets_a_sentence(call, sentence):
 
 @op_backends("select_blocks", "block_sparse_attention")
 @pytest.mark.parametrize(("op", "args", "sentence"), [
-    (select_blocks, (SCORE * float("nan"), share(0.5, 4), 0, 16, 16, 64, 64), "score has a NaN"),
-    (select_blocks, (-SCORE, share(0.5, 4), 0, 16, 16, 64, 64), "score has a NaN"),
-    (select_blocks, (SCORE, share(1.5, 4), 0, 16, 16, 64, 64), "threshold has an entry outside [0, 1]"),
-    (select_blocks, (SCORE, share(float("nan"), 4), 0, 16, 16, 64, 64), "threshold has an entry outside [0, 1]"),
+    (select_blocks, (SCORE * float("nan"), share(0.5, 4), None, 16, 16, 64, 64), "score has a NaN"),
+    (select_blocks, (-SCORE, share(0.5, 4), None, 16, 16, 64, 64), "score has a NaN"),
+    (select_blocks, (SCORE, share(1.5, 4), None, 16, 16, 64, 64), "threshold has an entry outside [0, 1]"),
+    (select_blocks, (SCORE, share(float("nan"), 4), None, 16, 16, 64, 64), "threshold has an entry outside [0, 1]"),
     (block_sparse_attention, (Q, K, K, LIST[0], LIST[1] + 1, 64, 64, 1.0), "but 64 keys make 1 blocks of 64"),
     (block_sparse_attention, (Q, K, K, LIST[0], LIST[1] - 1, 64, 64, 1.0), "but 64 keys make 1 blocks of 64"),
     (block_sparse_attention, (Q, K, K, LIST[0] + 1, LIST[1], 64, 64, 1.0), "but there are 1 slots; counts must be 0..slots"),

@@ -30,12 +30,18 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     k = q[:, :_KV_HEADS].clone()
     counts = torch.arange(1, blocks + 1, dtype=torch.int32, device=device).expand(1, _HEADS, -1)
     lists = torch.arange(blocks, dtype=torch.int32, device=device).expand(1, _HEADS, blocks, -1)
+    share = torch.full((_HEADS,), 0.9, dtype=torch.float64, device=device)
+    score = torch.rand(1, _HEADS, blocks, blocks, device=device)
+    pooled = torch.zeros(1, _HEADS, blocks, _HEAD_DIM, device=device)
+    geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
-        "select_blocks": lambda: (
-            torch.rand(1, _HEADS, blocks, blocks, device=device),
-            torch.full((_HEADS,), 0.9, dtype=torch.float64, device=device), 0, _BLOCK, _BLOCK, _TOKENS, _TOKENS,
-        ),
+        "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
+        "pool_blocks": lambda: (q, _BLOCK, "mean"),
+        "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
+        "select_blocks": lambda: (score, share, None, *geometry),
+        "select_global": lambda: (score, share, "head", *geometry),
+        "window_score": lambda: (q, k, torch.arange(64, dtype=torch.int32, device=device)[None], scale),
         "block_sparse_attention": lambda: (q, k, k, counts, lists, _BLOCK, _BLOCK, scale),
     }[op]()  # fmt: skip
 

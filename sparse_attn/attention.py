@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from . import ops
+from .errors import NotServed
 from .types import BlockIndex, KVView, LayerContext, ReadPlan, Selector, dense_index
 
 # a full list is walked as quickly in any block size; this one makes the fewest list entries that still balance two threads
@@ -22,24 +25,36 @@ class Attended:
         lse: float32 ``[B, H, Nq]``, natural log.
         plan: what the selector chose.
         blocks: the lists that were walked; every reachable block where the plan is dense.
+        refusal: why the selector could not serve this call, which then ran dense; None where it did.
     """
 
     out: Tensor
     lse: Tensor
     plan: ReadPlan
     blocks: BlockIndex
+    refusal: str | None = None
 
 
 def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector) -> Attended:
     """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses."""
-    plan = selector.select(q, kv, ctx)
+    plan, refusal = ReadPlan(), None
+    try:
+        plan = selector.select(q, kv, ctx)
+    except NotServed as reason:
+        refusal = f"{type(selector).__name__} {reason}"
+        _warn_once(f"{refusal}; the call runs dense")
     blocks = plan.blocks if plan.blocks is not None else dense_index(q, kv, ctx, _DENSE_BLOCK)
-    out, lse = ops.block_sparse_attention(*attend_args(q, kv, ctx, blocks))
-    return Attended(out, lse, plan, blocks)
+    out, lse = ops.block_sparse_attention(*attend_args(q, kv, ctx, plan, blocks))
+    return Attended(out, lse, plan, blocks, refusal)
 
 
-def attend_args(q: Tensor, kv: KVView, ctx: LayerContext, blocks: BlockIndex) -> tuple:
-    """What ``sparse_attention`` passes to ``ops.block_sparse_attention`` once the blocks are chosen."""
+def attend_args(q: Tensor, kv: KVView, ctx: LayerContext, plan: ReadPlan, blocks: BlockIndex) -> tuple:
+    """What ``sparse_attention`` passes to ``ops.block_sparse_attention`` for a plan; ``blocks`` are the lists to walk."""
     k, v = kv.fetch(blocks)
     return (q, k, v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap,
-            ctx.first, ctx.last, ctx.sinks)  # fmt: skip
+            ctx.first, ctx.last, ctx.sinks, *plan.extras())  # fmt: skip
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=3)

@@ -71,7 +71,7 @@ def as_selector(value: Selector | str | dict) -> Selector:
         >>> as_selector({"name": "xattention", "stired": 8})
         Traceback (most recent call last):
         ...
-        sparse_attn.errors.ContractError: xattention has no argument 'stired'; it has threshold, stride, block, top_k, sink, recent, alternate
+        sparse_attn.errors.ContractError: xattention has no argument 'stired'; it has threshold, stride, block, top_k, sink, recent, alternate, gqa
     """
     if isinstance(value, Selector) and not isinstance(value, type):
         return value

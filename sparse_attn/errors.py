@@ -21,3 +21,7 @@ def require(condition: bool, sentence: str) -> None:
     """
     if not condition:
         raise ContractError(sentence)
+
+
+class NotServed(Exception):
+    """A method cannot choose blocks for this call; the sentence says why. The call then runs dense and says so once."""

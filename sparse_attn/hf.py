@@ -88,9 +88,10 @@ class _Call:
         attended = self._attend(layout, selector)
         if self.log is not None and not torch.compiler.is_compiling():
             if attended.plan.blocks is None:
-                self._note(self._backend(attended, layout)[0], "the method reads everything", layout.q_start + self.q.shape[2])
+                self._note(self._backend(attended, layout)[0], attended.refusal or "the method reads everything",
+                           layout.q_start + self.q.shape[2])
             else:
-                density = attended.plan.blocks.head_density()
+                density = attended.plan.head_density()
                 density = density.repeat_interleave(self.q.shape[1] // len(density))
                 self.log.sparse(*self._backend(attended, layout), density, self.q.shape[2], layout.q_start + self.q.shape[2])
         return attended.out.transpose(1, 2).contiguous()
@@ -117,7 +118,7 @@ class _Call:
     def _backend(self, attended: Attended, layout: Layout) -> tuple[str, list[str]]:
         if self.log is None:
             return "", []
-        args = attend_args(self.q, ResidentKV(self.k, self.v), self._context(layout), attended.blocks)
+        args = attend_args(self.q, ResidentKV(self.k, self.v), self._context(layout), attended.plan, attended.blocks)
         op = ops.block_sparse_attention
         chosen, refusals = op.chosen(*args), []
         for name, refusal in op.explain(*args).items():

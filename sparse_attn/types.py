@@ -35,6 +35,10 @@ class LayerContext:
         window: sliding window of the layer in tokens, own token included; 0 for none.
         softcap: bound on the logits; 0 for none.
         sinks: learned sink logits ``[H]``; None for none.
+        n_layers: attention layers of the model; 0 where nobody said.
+        segments: int32 ``[B, Nk]`` document of each key, rising from 0, -1 for keys of no document; None where nobody said.
+        carry: what one layer leaves for the next of the same forward (a method keys it by its own name); None outside a
+            patched model.
     """
 
     layer: int
@@ -46,6 +50,9 @@ class LayerContext:
     window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    n_layers: int = 0
+    segments: Tensor | None = None
+    carry: dict | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,9 +89,15 @@ class BlockIndex:
     def dense(cls, batch: int, heads: int, n_q: int, n_k: int, block: tuple[int, int], q_start: int = 0, causal: bool = True,
               window: int = 0, first: Tensor | None = None, last: Tensor | None = None, device=None) -> BlockIndex:
         """Every reachable block."""
-        empty = torch.zeros(batch, heads, -(-n_q // block[0]), 0, dtype=torch.int32, device=device)
-        index = cls(empty.sum(-1, dtype=torch.int32), empty, block, n_q, n_k, q_start, causal, window, first, last)
+        index = cls.empty(batch, heads, n_q, n_k, block, q_start, causal, window, first, last, device)
         return index.where(index.reachable().expand(-1, heads, -1, -1))
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, n_q: int, n_k: int, block: tuple[int, int], q_start: int = 0, causal: bool = True,
+              window: int = 0, first: Tensor | None = None, last: Tensor | None = None, device=None) -> BlockIndex:
+        """No block at all; where() and the other fields of a ReadPlan add to it."""
+        none = torch.zeros(batch, heads, -(-n_q // block[0]), 0, dtype=torch.int32, device=device)
+        return cls(none.sum(-1, dtype=torch.int32), none, block, n_q, n_k, q_start, causal, window, first, last)
 
     def where(self, keep: Tensor) -> BlockIndex:
         """The same geometry, reading exactly the blocks where ``keep`` (bool ``[B, Hp, Qb, Kb]``) holds."""
@@ -101,15 +114,32 @@ class BlockIndex:
         mask = torch.zeros(*self.counts.shape, kb + 1, dtype=torch.bool, device=self.counts.device)
         return mask.scatter_(-1, listed.masked_fill(listed < 0, kb), True)[..., :kb]
 
-    def reachable(self) -> Tensor:
-        """bool ``[B, 1, Qb, Kb]``: could causality, window and padding let any query of the block see any key?"""
+    def reachable(self, sink: int | None = None, recent: int | None = None) -> Tensor:
+        """bool ``[B, 1, Qb, Kb]``: could causality, window and padding let any query of the block see any key?
+
+        With ``sink`` or ``recent`` only the first ``sink`` of those blocks and the last ``recent``, counted back from the query
+        block's own diagonal as in ``ops.select_blocks``.
+        """
         kb = -(-self.n_k // self.block[1])
         found = torch.zeros(*self.counts.shape[::2], kb, dtype=torch.bool)
         column = torch.arange(kb)
         for b, span in enumerate(self._spans()):
-            low, _, high = reach(span, *self.block, self.causal, self.window)
-            found[b, : len(low)] = (column >= low[:, None]) & (column <= high[:, None])
+            low, own, high = (edge[:, None] for edge in reach(span, *self.block, self.causal, self.window))
+            inside = (column >= low) & (column <= high)
+            if sink is not None or recent is not None:
+                inside &= (column < (sink or 0)) | ((column > own - recent) if recent else False)
+            found[b, : len(low)] = inside
         return found[:, None].to(self.counts.device)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[B, Qb]`` each, on the host: position of each query block's first query, counted from the row's first real
+        key, and how many real queries the block has."""
+        start = torch.zeros(self.counts.shape[0], self.counts.shape[2], dtype=torch.int64)
+        real = torch.zeros_like(start)
+        edge = torch.arange(self.counts.shape[2]) * self.block[0]
+        for b, span in enumerate(self._spans()):
+            start[b], real[b] = edge + span.q_start, (span.n_q - edge).clamp(0, self.block[0])
+        return start, real
 
     def n_reachable(self) -> int:
         """Blocks that one head could read, summed over the batch."""
@@ -133,11 +163,62 @@ class BlockIndex:
         return f"BlockIndex(B={batch}, H={heads}, blocks={qb}x{kb}, block={self.block}, density={self.density():.3f})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReadPlan:
-    """What one attention call reads. ``blocks`` None means everything: the dense path."""
+    """What one attention call reads: the union of everything named here. ``blocks`` None means everything: the dense path.
+
+    Attributes:
+        blocks: block lists, possibly empty ones; they carry the geometry of the call.
+        columns, near, dense_rows, order, pv_threshold: as in ``ops.block_sparse_attention``.
+    """
 
     blocks: BlockIndex | None = None
+    columns: Tensor | None = None
+    near: Tensor | None = None
+    dense_rows: int = 0
+    order: Tensor | None = None
+    pv_threshold: float = 0.0
+
+    def extras(self) -> tuple:
+        """The last arguments of ``ops.block_sparse_attention``."""
+        return self.columns, self.near, self.dense_rows, self.order, self.pv_threshold
+
+    def head_density(self) -> Tensor:
+        """float64 ``[heads]``: tiles read over tiles causally reachable, per list; 1 for a dense plan.
+
+        A tile that ``near`` reaches counts whole, a column outside every listed tile as its ``1 / block_k``, and a dense row
+        as its share of its query block.
+        """
+        blocks = self.blocks
+        if blocks is None:
+            return torch.ones(1, dtype=torch.float64)
+        if self.columns is None and self.near is None and not self.dense_rows:
+            return blocks.head_density()
+        start, real = (x.to(blocks.counts.device)[:, None] for x in blocks.rows())  # [B, 1, Qb]
+        mask, reachable = blocks.to_mask(), blocks.reachable()
+        if self.near is not None:
+            edge = torch.arange(mask.shape[3], device=mask.device) * blocks.block[1]
+            sink, local = self.near.long().view(1, -1, 2, 1, 1).unbind(2)
+            mask = mask | reachable & ((edge < sink) | (local > 0) & (edge + blocks.block[1] > start[..., None] - local + 1))
+        read = mask.sum(-1, dtype=torch.float64)
+        if self.columns is not None:
+            heads = max(mask.shape[1], self.columns.shape[1])
+            lines = self.columns.long().repeat_interleave(heads // self.columns.shape[1], 1)[:, :, None]  # [B, heads, 1, C]
+            covered = mask.repeat_interleave(heads // mask.shape[1], 1)
+            covered = covered.gather(3, (lines.clamp(min=0) // blocks.block[1]).expand(-1, -1, mask.shape[2], -1))
+            seen = (lines >= 0) & (lines < (start + real)[..., None]) if blocks.causal else lines >= 0
+            loose = (~covered & seen & (real > 0)[..., None]).sum(-1, dtype=torch.float64) / blocks.block[1]
+            read = read.repeat_interleave(heads // read.shape[1], 1) + loose
+        whole = reachable.sum(-1, dtype=torch.float64)
+        if self.dense_rows:
+            left = real.sum(-1, keepdim=True) - real.cumsum(-1)  # real queries after each block
+            share = ((self.dense_rows - left).clamp(min=0).minimum(real) / real.clamp(min=1)).double()
+            read = share * whole + (1 - share) * read
+        return torch.minimum(read, whole).sum((0, 2)) / whole.sum()
+
+    def density(self) -> float:
+        """Mean of ``head_density``; copies one number to the host."""
+        return float(self.head_density().mean())
 
 
 @runtime_checkable

@@ -63,6 +63,14 @@ T* output(const Tensor& t, ScalarType dtype, const char* name) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// element (b, h, i, j) of a tensor of up to four dimensions that was expanded to them
+template <class T>
+SelectBlocks::Strided<T> strided(const Tensor& t) {
+  SelectBlocks::Strided<T> s{static_cast<const T*>(t.data_ptr()), {}};
+  for (int i = 0; i < t.dim(); ++i) s.stride[i] = t.size(i) == 1 ? 0 : t.stride(i);
+  return s;
+}
+
 void expect_size(const Tensor& t, std::initializer_list<int64_t> size, const char* name) {
   SA_CHECK(t.dim() == static_cast<int64_t>(size.size()), "out: ", name, " needs ", size.size(), " dimensions, got ", t.dim());
   int64_t i = 0;
@@ -84,13 +92,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                      kParallel);
 }
 
-[[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold, int64_t top_k,
-                                        int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal,
-                                        int64_t window, int64_t sink, int64_t recent, OptionalTensor first, OptionalTensor last) {
+[[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold,
+                                        OptionalTensor top_k, int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k,
+                                        int64_t q_start, bool causal, int64_t window, int64_t sink, int64_t recent,
+                                        OptionalTensor first, OptionalTensor last, OptionalTensor always, bool inclusive) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
   expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
   expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
-  select_blocks({view(score), thresholds.data<double>(), top_k, block_q, block_k, n_q, n_k, q_start, causal, window, sink, recent,
+  SelectBlocks::Strided<int32_t> most{};
+  SelectBlocks::Strided<uint8_t> besides{};
+  if (top_k) most = strided<int32_t>(*top_k);
+  if (always) besides = strided<uint8_t>(*always);
+  select_blocks({view(score), thresholds.data<double>(), most, besides, inclusive, block_q, block_k, n_q, n_k, q_start, causal, window, sink, recent,
                  {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<int32_t>(counts, ScalarType::Int, "counts"),
                  output<int32_t>(indices, ScalarType::Int, "indices")},
                 kParallel);
@@ -99,7 +112,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
-                                                 OptionalTensor last, OptionalTensor sinks) {
+                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor, OptionalTensor, int64_t,
+                                                 OptionalTensor, double) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
   const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int);
   expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(3)}, "out");
@@ -120,13 +134,13 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
   m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
-  m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, int top_k, int block_q, "
+  m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, Tensor? top_k, int block_q, "
         "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
-        "Tensor? last) -> ()");
+        "Tensor? last, Tensor? always, bool inclusive) -> ()");
   m.impl("select_blocks", TORCH_BOX(&run_select_blocks));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
-        "Tensor? sinks) -> ()");
+        "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");
   m.impl("block_sparse_attention", TORCH_BOX(&run_block_sparse_attention));
 }
 

@@ -63,7 +63,7 @@ class Worker {
     const int64_t q_blocks = a_.score.size[2], block = row % q_blocks, head = row / q_blocks % a_.score.size[1];
     const Span span = span_of(row / q_blocks / a_.score.size[1], a_.n_q, a_.n_k, a_.q_start, a_.causal, a_.padding);
     int32_t* list = a_.indices + row * k_blocks_;
-    const int64_t count = block * a_.block_q < span.n_q ? choose(row, head, reach(a_, span, block), list) : 0;
+    const int64_t count = block * a_.block_q < span.n_q ? choose(row, head, block, reach(a_, span, block), list) : 0;
     a_.counts[row] = static_cast<int32_t>(count);
     std::fill(list + count, list + k_blocks_, -1);
   }
@@ -78,7 +78,8 @@ class Worker {
     for (int64_t j = low; j < end; ++j) score_[j] += 0.f;
   }
 
-  int64_t choose(int64_t row, int64_t head, Reach reach, int32_t* list) {
+  int64_t choose(int64_t row, int64_t head, int64_t block, Reach reach, int32_t* list) {
+    const int64_t b = row / a_.score.size[2] / a_.score.size[1];
     const int64_t low = std::max<int64_t>(0, reach.low), end = std::min(reach.high + 1, k_blocks_);
     if (low >= end) return 0;
     // the candidates lie between the leading and the trailing forced blocks
@@ -87,7 +88,9 @@ class Worker {
     std::memset(kept_ + low, 1, first - low), std::memset(kept_ + first, 0, last - first), std::memset(kept_ + last, 1, end - last);
     read(row, low, end);
     if (a_.threshold) cover(low, first, last, end, a_.threshold[head]);
-    else take(first, last, a_.top_k - (first - low) - (end - last));
+    else take(first, last, a_.top_k.at(b, head, block) - (first - low) - (end - last));
+    if (a_.always.data)
+      for (int64_t j = low; j < end; ++j) kept_[j] |= a_.always.at(b, head, block, j);
     int64_t count = 0;
     for (int64_t j = low; j < end; ++j) {
       list[count] = static_cast<int32_t>(j);
@@ -96,7 +99,7 @@ class Worker {
     return count;
   }
 
-  // inclusive top-p over [low, end), whose ends outside [first, last) are forced and count
+  // top-p over [low, end), whose ends outside [first, last) are forced and count
   void cover(int64_t low, int64_t first, int64_t last, int64_t end, double share) {
     if (share >= 1) return static_cast<void>(std::memset(kept_ + first, 1, last - first));
     double total = 0, before = 0;
@@ -105,8 +108,9 @@ class Worker {
     for (int64_t j = last; j < end; ++j) before += score_[j];
     const double target = share * total;
     falling(first, last, [&](int64_t j) {
-      if (!(before < target) || !(score_[j] > 0)) return false;
-      before += score_[j];
+      const double after = before + score_[j];
+      if (!(a_.inclusive ? before < target : after <= target) || !(score_[j] > 0)) return false;
+      before = after;
       kept_[j] = 1;
       return true;
     });

@@ -55,3 +55,13 @@ def reach(span: Span, block_q: int, block_k: int, causal: bool, window: int) -> 
     own = (span.q_start + start) // block_k
     oldest = (span.q_start + start - window + 1).clamp(min=0) if window else torch.zeros_like(start)
     return oldest // block_k, own, last
+
+
+def query_bounds(batch: int, n_q: int, n_k: int, q_start: int, causal: bool, first: Tensor | None,
+                 last: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """First real query row and one past the last, int32 ``[B]`` each on the bounds' device; None where every row is real."""
+    if not causal or (first is None and last is None):
+        return None, None
+    first = first if first is not None else torch.zeros_like(last)
+    last = last if last is not None else torch.full_like(first, n_k)
+    return (first - q_start).clamp(0, n_q), (last - q_start).clamp(0, n_q)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import require
-from ..types import BlockIndex, KVView, LayerContext, ReadPlan
+from ..types import KVView, LayerContext, ReadPlan
+from .choose import choose, empty_index, per_head, require_gqa
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class XAttention:
         top_k: read this many blocks per query block instead of covering a threshold; 0 to use the threshold.
         sink: leading blocks always read.
         recent: trailing blocks always read, own diagonal included.
+        gqa: what query heads that share keys do together: per_head, sum, union, vote or shared, see ``choose``.
         alternate: also look at even token distances, which the paper's antidiagonals with an even stride never see.
     """
 
@@ -36,6 +38,7 @@ class XAttention:
     sink: int = 1
     recent: int = 1
     alternate: bool = False
+    gqa: str = "per_head"
 
     def __post_init__(self):
         if not isinstance(self.threshold, (int, float)):
@@ -49,22 +52,13 @@ class XAttention:
         require(self.top_k >= 0, f"top_k={self.top_k} is negative; it counts blocks, 0 means use the threshold")
         require(self.sink >= 0, f"sink={self.sink} is negative; it counts blocks")
         require(self.recent >= 1, f"recent={self.recent} leaves queries without their own block; use 1 or more")
+        require_gqa(self.gqa)
 
     def select(self, q: Tensor, kv: KVView, ctx: LayerContext) -> ReadPlan:
         k, _ = kv.fetch()
-        n_q, n_k, span = q.shape[2], kv.n_tokens, dict(q_start=ctx.q_start, causal=ctx.causal, window=ctx.window)
-        score = ops.antidiagonal_score(q, k, self.block, self.block, self.stride, ctx.scale, **span, alternate=self.alternate,
-                                       first=ctx.first, last=ctx.last)
-        threshold = None if self.top_k else self._thresholds(ctx.layer, q.shape[1], q.device)
-        counts, indices = ops.select_blocks(score, threshold, self.top_k, self.block, self.block, n_q, n_k, **span,
-                                            sink=self.sink, recent=self.recent if ctx.causal else 0, first=ctx.first,
-                                            last=ctx.last)
-        return ReadPlan(BlockIndex(counts, indices, (self.block, self.block), n_q, n_k, first=ctx.first, last=ctx.last, **span))
-
-    def _thresholds(self, layer: int, heads: int, device: torch.device) -> Tensor:
-        if isinstance(self.threshold, (int, float)):
-            return torch.full((heads,), float(self.threshold), dtype=torch.float64, device=device)
-        require(layer < len(self.threshold), f"threshold has {len(self.threshold)} layers but layer {layer} asked; add rows")
-        row = self.threshold[layer]
-        require(len(row) == heads, f"threshold has {len(row)} heads in layer {layer} but the layer has {heads}; one per head")
-        return torch.tensor(row, dtype=torch.float64, device=device)
+        score = ops.antidiagonal_score(q, k, self.block, self.block, self.stride, ctx.scale, q_start=ctx.q_start, causal=ctx.causal,
+                                       window=ctx.window, alternate=self.alternate, first=ctx.first, last=ctx.last)
+        threshold = None if self.top_k else per_head(self.threshold, ctx.layer, q.shape[1], q.device)
+        top_k = torch.tensor(self.top_k, dtype=torch.int32, device=q.device).expand(1, 1, 1) if self.top_k else None
+        return ReadPlan(choose(score, empty_index(q, kv, ctx, self.block), k.shape[1], threshold=threshold, top_k=top_k,
+                               sink=self.sink, recent=self.recent, gqa=self.gqa))
