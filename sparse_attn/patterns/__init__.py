@@ -5,7 +5,11 @@ from .xattention import XAttention
 
 PATTERNS = {
     "dense": Dense,
+    # closed forms
+    # block scores
     "xattention": XAttention,
+    # probes
+    # mixtures
 }
 
 __all__ = ["PATTERNS", *(cls.__name__ for cls in PATTERNS.values())]
