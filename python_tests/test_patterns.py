@@ -33,19 +33,22 @@ ROWS = [
     # closed forms
     # block scores
     PatternRow(BlockTopK(top_k=4), BlockTopK(top_k=999), 0.13, True),
-    PatternRow(BlockTopK(top_k=4, sink=0, recent=0), BlockTopK(top_k=999), 0.13, True, reads_itself=False),
-    *(PatternRow(BlockTopK(top_k=4, gqa=g), BlockTopK(top_k=999, gqa=g), 0.13, True) for g in ("sum", "union", "vote", "shared")),
+    PatternRow(BlockTopK(top_k=2, block=32, sink=0, recent=0), BlockTopK(top_k=999, block=32), 0.04, True, reads_itself=False),
     *(
-        PatternRow(CritiPrefill(budget=256, segment=64, block=16, dense_below=below, fusion=fusion),
-                   CritiPrefill(budget=9999, segment=64, block=16), 0.19, True, looks_ahead=True)
-        for below, fusion in ((0, 0.25), (100, 0.0))
+        PatternRow(BlockTopK(top_k=4, block=32, gqa=g), BlockTopK(top_k=999, gqa=g), 0.07, True)
+        for g in ("sum", "union", "vote", "shared")
+    ),
+    *(
+        PatternRow(CritiPrefill(budget=budget, segment=16, block=16, dense_below=below, fusion=fusion),
+                   CritiPrefill(budget=9999, segment=16, block=16), 0.05, True, looks_ahead=True)
+        for below, fusion, budget in ((0, 0.25, 32), (40, 0.0, 64))
     ),  # the last segment is dense: what a query reads depends on whether others follow
     PatternRow(MoBA(top_k=2, block_q=16, block_k=64), MoBA(top_k=999, block_q=64, block_k=64), 0.39, True),
     PatternRow(MoBA(top_k=2, block_q=1, block_k=256, gqa="sum"), MoBA(top_k=999, block_k=256, gqa="sum"), 0.24, False),
     *(
-        PatternRow(PBS(threshold=0.5, block=b, segment=128, gqa=g), PBS(threshold=1.0, block=b, segment=128, gqa=g), 0.58, True,
-                   looks_ahead=True)
-        for b, g in ((64, "per_head"), (32, "sum"))
+        PatternRow(PBS(threshold=0.5, block=b, segment=2 * b, gqa=g), PBS(threshold=1.0, block=b, segment=4 * b, gqa=g), 0.58,
+                   True, looks_ahead=True)
+        for b, g in ((64, "per_head"), (16, "sum"))
     ),
     *(
         PatternRow(Prism(threshold=0.5, block=64, gqa=g), Prism(threshold=1.0, block=64, gqa=g), 0.73, True, looks_ahead=True)
@@ -63,7 +66,7 @@ ROWS = [
         PatternRow(VMoBA(block=64, scope=s), VMoBA(threshold=1.0, block=64, scope=s), 0.22, True, looks_ahead=s != "block")
         for s in ("block", "head", "all")
     ),
-    PatternRow(VMoBA(top_k=3, block=64), VMoBA(top_k=999, block=64), 0.1, True),
+    PatternRow(VMoBA(top_k=3, block=32), VMoBA(top_k=999, block=64), 0.05, True),
     *(
         PatternRow(XAttention(threshold=0.5, stride=s, block=64), XAttention(threshold=1.0, stride=s, block=64), 0.55, True)
         for s in (4, 8, 16)

@@ -60,7 +60,7 @@ class PBS:
         k, _ = kv.fetch()
         kv_heads, n_k = k.shape[1], k.shape[2]
         index = empty_index(q, kv, ctx, self.block)
-        begin = ctx.first.long().clamp(min=0) if ctx.first is not None else torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        begin = ctx.first.long().clamp(min=0) if ctx.first is not None else torch.zeros(len(q), device=q.device).long()
         n_real = (ctx.last.clamp(max=n_k) if ctx.last is not None else n_k) - begin  # [B]
         order = self._order(q, k, ctx, index, n_real)
         candidate, forced = self._roles(order, index, n_real)

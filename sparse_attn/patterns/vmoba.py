@@ -32,8 +32,8 @@ class VMoBA:
     Attributes:
         threshold: share of the gates to cover, in [0, 1]; a number, or a table ``[layers][heads]``. 1 is dense.
         top_k: with scope block, read this many blocks per query block instead, own ones included; 0 to use the threshold.
-        scope: which gates are stretched and ranked together: ``block`` those of one query block (the paper's query_head), ``head``
-            those of all query blocks of a head (head_global), ``all`` those of all heads of a batch row (overall; the
+        scope: which gates are stretched and ranked together: ``block`` those of one query block (paper: query_head), ``head`` those
+            of all query blocks of a head (head_global), ``all`` those of all heads of a batch row (overall; the
             largest threshold holds).
         block: edge of query and key blocks, tokens. Without causality a query has an own block if there are as many queries as
             keys.
@@ -72,7 +72,8 @@ class VMoBA:
         if index.n_q != index.n_k:
             return index.reachable(sink=0)
         edge = torch.arange(index.counts.shape[2], device=index.counts.device) * self.block
-        edge = edge - (index.first.clamp(min=0)[:, None] if index.first is not None else 0)  # key block 0 begins behind the padding
+        if index.first is not None:
+            edge = edge - index.first.clamp(min=0)[:, None]  # key block 0 begins behind the padding
         start = edge.expand(index.counts.shape[0], -1)[:, None, :, None]
         column = torch.arange(edge.shape[-1], device=edge.device)
         return index.reachable() & (column >= start // self.block) & (column <= (start + self.block - 1) // self.block)
