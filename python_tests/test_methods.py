@@ -56,7 +56,7 @@ def test_choosing_is_timed_as_a_share_of_dense_attention(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert selection.main(["xattention", "--n", "256", "--reps", "1", "--threads", "1", "--json", str(file)]) == 0
     (line,) = map(json.loads, file.read_text().splitlines())
-    assert line["method"] == "xattention" and line["share"] == pytest.approx(line["us"][1] / line["sdpa_us"][1])
+    assert line["method"] == "xattention" and line["share"] == pytest.approx(line["us"][1] / line["sdpa_us"][1], rel=0.01)
 
 
 @pytest.mark.parametrize(("command", "sentence"), [
