@@ -1,7 +1,7 @@
 // Block lists from block scores, row by row and without a full sort.
 //
-// Candidates are visited by falling score only until the rule is satisfied, see falling.h. Mass is summed in double in exactly the
-// reference's order.
+// Candidates are visited by falling score only until the rule is satisfied, see falling.h. Mass is summed in double in exactly
+// the reference's order.
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
