@@ -55,11 +55,11 @@ ROWS = [
         for below, fusion, budget in ((0, 0.25, 32), (40, 0.0, 64))
     ),  # the last segment is dense: what a query reads depends on whether others follow
     PatternRow(MoBA(top_k=2, block_q=16, block_k=64), MoBA(top_k=999, block_q=64, block_k=64), 0.39, True),
-    PatternRow(MoBA(top_k=2, block_q=1, block_k=256, gqa="sum"), MoBA(top_k=999, block_k=256, gqa="sum"), 0.24, False),
+    PatternRow(MoBA(top_k=2, block_q=8, block_k=128, gqa="sum"), MoBA(top_k=999, block_k=256, gqa="sum"), 0.45, True),
     *(
         PatternRow(PBS(threshold=0.5, block=b, segment=2 * b, gqa=g), PBS(threshold=1.0, block=b, segment=4 * b, gqa=g), 0.58,
                    True, looks_ahead=True)
-        for b, g in ((64, "per_head"), (16, "sum"))
+        for b, g in ((64, "per_head"), (32, "sum"))
     ),
     *(
         PatternRow(Prism(threshold=0.5, block=64, gqa=g), Prism(threshold=1.0, block=64, gqa=g), 0.73, True, looks_ahead=True)
