@@ -33,6 +33,38 @@ def attention_mask(case: dict, counts: Tensor, indices: Tensor) -> Tensor:
     return seen.repeat_interleave(heads // lists, dim=1)
 
 
+def plan_mask(case: dict, plan) -> Tensor:
+    """bool ``[B, H, Nq, Nk]``: what each query reads of a ReadPlan, as ``block_sparse_attention`` words it."""
+    (batch, heads, n_q, _), n_k, kv_heads = case["q"].shape, case["k"].shape[2], case["k"].shape[1]
+    everything = torch.zeros(batch, 1, -(-n_q // 1), 1, dtype=torch.int32)
+    whole = attention_mask({**case, "block_q": 1, "block_k": n_k}, everything[..., 0] + 1, everything)
+    if plan.blocks is None:
+        return whole
+    blocks, read = plan.blocks, torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
+    key = torch.arange(n_k)
+    for b in range(batch):
+        low = int(case["first"][b]) if case["first"] is not None else 0
+        high = int(case["last"][b]) if case["last"] is not None else n_k
+        rows = range(n_q) if not case["causal"] else range(max(0, low - case["q_start"]), min(n_q, high - case["q_start"]))
+        for h in range(heads):
+            slot = key - low
+            if plan.order is not None:
+                order = plan.order[b, h * kv_heads // heads, : high - low]
+                slot = slot.clone()
+                slot[low:high] = torch.argsort(order.long())
+            sink, local = plan.near[h].tolist() if plan.near is not None else (0, 0)
+            fixed = (key - low) < sink
+            if plan.columns is not None:
+                fixed |= torch.isin(key - low, plan.columns[b, h * plan.columns.shape[1] // heads])
+            at = h * blocks.counts.shape[1] // heads
+            for n, t in enumerate(rows):
+                i = n // blocks.block[0]
+                read[b, h, t] = fixed | torch.isin(slot // blocks.block[1], blocks.indices[b, at, i, : blocks.counts[b, at, i]])
+                read[b, h, t] |= (key > case["q_start"] + t - local) if local else False
+                read[b, h, t] |= len(rows) - n <= plan.dense_rows
+    return read & whole
+
+
 def attention(case: dict, seen: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Masked softmax attention and its log-sum-exp in ``dtype``; softmax itself never below float32."""
     group = case["q"].shape[1] // case["k"].shape[1]
