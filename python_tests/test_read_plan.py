@@ -295,16 +295,46 @@ def test_opcheck_passes_with_every_argument_given(kind):
     order = torch.stack([torch.randperm(70), torch.cat([torch.randperm(43), torch.zeros(27)])]).int()[:, None].repeat(1, 2, 1)
     plan = (columns, near, 9, None, 20.0) if kind != "order" else (None, None, 9, order, 20.0)
     args = (q, k, v, counts, indices, 16, 16, 0.125, 0, True, 33, 5.0, first, last, torch.randn(4), *plan)
-    torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention.default, args)
+    tests = ("test_schema", "test_faketensor")  # the others take seconds and do not depend on which arguments are given
+    torch.library.opcheck(torch.ops.sparse_attn.block_sparse_attention.default, args, test_utils=tests)
 
 
-@st.composite
-def counted_plans(draw) -> tuple[dict, ReadPlan]:
-    case, counts, indices, plan = draw(planned_cases())
-    first, last, n_k = case["first"], case["last"], case["k"].shape[2]
-    if first is not None and draw(st.booleans()):  # a plan over rows of which none can be empty
-        first, last = first.clamp(max=n_k - 1), last.clamp(min=n_k)
-    case.update(first=first, last=last)
-    index = BlockIndex(counts, indices, (case["block_q"], case["block_k"]), case["q"].shape[2], n_k, case["q_start"], case["causal"],
-                       case["window"], first, last)
-    return case, ReadPlan(index.where(index.to_mask() & index.reachable()), **(plan | dict(order=None)))
+def counted_tiles(case: dict, counts: torch.Tensor, indices: torch.Tensor, plan: dict) -> torch.Tensor:
+    """float64 ``[heads]``: tiles read over tiles that some query could reach, one tile at a time."""
+    (batch, heads, n_q, _), n_k, bq, bk = case["q"].shape, case["k"].shape[2], case["block_q"], case["block_k"]
+    lists = [t.shape[at] for t, at in ((counts, 1), (plan["columns"], 1), (plan["near"], 0)) if t is not None]
+    total, possible, none = torch.zeros(max(lists), dtype=torch.float64), 0, torch.zeros(batch, 1, counts.shape[2], 0).int()
+    real = real_queries(case) | (not case["causal"])
+    able = read_mask(case, none.sum(-1), none, dense_rows=n_q)[:, 0]
+    for b in range(batch):
+        low, high = bounds(case, b)
+        rows = real[b].nonzero()[:, 0]
+        for i, block in enumerate(rows.split(bq) if len(rows) else ()):
+            tiles = [j for j in range(-(-(high - low) // bk)) if able[b, block, low + j * bk : min(low + (j + 1) * bk, high)].any()]
+            possible += len(tiles)
+            at, end = case["q_start"] + int(block[0]) - low, case["q_start"] + int(block[-1]) - low + 1
+            dense = sum(n >= len(rows) - plan["dense_rows"] for n in range(i * bq, i * bq + len(block))) / len(block)
+            for h in range(max(lists)):
+                p = h * counts.shape[1] // max(lists)
+                read = set(indices[b, p, i, : counts[b, p, i]].tolist()) & set(tiles)
+                if plan["near"] is not None:
+                    sink, local = plan["near"][h].tolist()
+                    read |= {j for j in tiles if j * bk < sink or local > 0 and (j + 1) * bk - 1 >= at - local + 1}
+                share = float(len(read))
+                if plan["columns"] is not None:
+                    lines = plan["columns"][b, h * plan["columns"].shape[1] // max(lists)].tolist()
+                    share += sum(c >= 0 and c // bk not in read and (c < end or not case["causal"]) for c in lines) / bk
+                total[h] += min(dense * len(tiles) + (1 - dense) * share, len(tiles))
+    return total / possible if possible else total * math.nan
+
+
+@settings(max_examples=40)
+@given(planned=planned_cases())
+def test_density_counts_every_tile_that_is_read(planned):
+    case, counts, indices, plan = planned
+    index = BlockIndex(counts, indices, (case["block_q"], case["block_k"]), case["q"].shape[2], case["k"].shape[2], case["q_start"],
+                       case["causal"], case["window"], case["first"], case["last"])
+    index = index.where(index.to_mask() & index.reachable())
+    got = ReadPlan(index, **plan).head_density()
+    want = counted_tiles(case, index.counts, index.indices, plan)
+    torch.testing.assert_close(got.expand_as(want), want, equal_nan=True, rtol=1e-9, atol=1e-12)
