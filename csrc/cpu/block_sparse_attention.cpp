@@ -56,7 +56,8 @@ struct Layer {
     if (unit < count) found = {std::max(units[unit] * width, x), (units[unit] + 1) * width};
     for (const Range& range : ranges) {
       const int64_t start = std::max(range.start, x);
-      if (start < range.end && (start < found.start || (start == found.start && range.end > found.end))) found = {start, range.end};
+      const bool sooner = start < found.start || (start == found.start && range.end > found.end);
+      if (start < range.end && sooner) found = {start, range.end};
     }
     return found;
   }
@@ -341,7 +342,8 @@ class Attention {
     if (a_.near) {
       const int64_t sink = std::max(a_.near[2 * task.h], 0), local = std::max(a_.near[2 * task.h + 1], 0);
       // every query of the task is local to the keys from here on
-      const int64_t common = std::min(ceil_div(std::max<int64_t>(last_position - local + 1, 0), kAlign) * kAlign, last_position + 1);
+      const int64_t oldest = std::max<int64_t>(last_position - local + 1, 0);
+      const int64_t common = std::min(ceil_div(oldest, kAlign) * kAlign, last_position + 1);
       runs.ranges[0] = {0, sink / kAlign * kAlign}, single.ranges[0] = {sink / kAlign * kAlign, sink};
       if (local) {
         runs.ranges[1] = {common, last_position + 1};
