@@ -119,7 +119,8 @@ class Worker {
         const int n = int(std::min<int64_t>(kTileKeys, panel_[p].high - w));
         if (n <= 0 || w + n <= panel_[p].low) continue;
         for (int i = 0; i < n; i += kStep)
-          logits_.multiply(keys_ + i * logits_.row_size(), std::min(n - i, kStep), queries_ + p * logits_.panel_size(), s_ + i * kPanel);
+          logits_.multiply(keys_ + i * logits_.row_size(), std::min(n - i, kStep), queries_ + p * logits_.panel_size(),
+                           s_ + i * kPanel);
         absorb(p, w, n);
       }
     }
@@ -132,7 +133,8 @@ class Worker {
     const int64_t kv_head = task_.head / (a_.q.size[1] / a_.k.size[1]);
     const Storage* k = static_cast<const Storage*>(a_.k.data) + task_.b * a_.k.stride[0] + kv_head * a_.k.stride[1] +
                        (span_.key0 + residue_k_) * a_.k.stride[2];
-    for (int i = 0; i < n; ++i) logits_.pack_row(k + (w0 + i) * a_.stride * a_.k.stride[2], a_.k.stride[3], keys_ + i * logits_.row_size());
+    for (int i = 0; i < n; ++i)
+      logits_.pack_row(k + (w0 + i) * a_.stride * a_.k.stride[2], a_.k.stride[3], keys_ + i * logits_.row_size());
     std::fill(keys_ + n * logits_.row_size(), keys_ + ceil_div(n, kStep) * kStep * logits_.row_size(), Number{});
   }
 
