@@ -309,6 +309,22 @@ def test_neither_threads_nor_neighbouring_heads_change_a_bit(backend):
 
 
 @op_backends("window_score", "strided_score")
+def test_a_query_does_not_depend_on_which_others_are_scored_with_it(backend):
+    """A probe among others, and a chunk of a prompt, under a sliding window: bit for bit what they are alone."""
+    q, k = randn(1, 2, 1200, 64, torch.float32, "plain", 0), randn(1, 1, 1200, 64, torch.float32, "plain", 1)
+    one, two = (torch.tensor([rows], dtype=torch.int32) for rows in ([1000], [31, 1000]))
+    rest = 0.125, 0, True, 500
+    skip_unless(window_score, backend, q, k, one, *rest)
+    with use_backend(backend):
+        alone, among = (window_score(q, k, rows, *rest)[0][..., 501:] for rows in (one, two))
+        whole = strided_score(q, k, 16, 32, 4, 0.125, 0, True, 500)
+        chunk = strided_score(q[:, :, 848:], k, 16, 32, 4, 0.125, 848, True, 500)
+    same = torch.testing.assert_close if backend == "reference" else lambda a, b: torch.testing.assert_close(a, b, atol=0, rtol=0)
+    same(alone, among)
+    same(chunk, whole[:, :, 848 // 16 :])
+
+
+@op_backends("window_score", "strided_score")
 def test_a_row_of_nan_or_infinite_logits_adds_nothing(backend):
     q, k = randn(1, 2, 70, 64, torch.float32, "plain", 0), randn(1, 1, 70, 64, torch.float32, "plain", 1)
     q[0, 0, 40], q[0, 0, 48] = math.nan, math.inf
