@@ -11,7 +11,10 @@ from rows import attention_cases, randn
 
 from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
-from sparse_attn.patterns import PATTERNS, Dense, XAttention
+from sparse_attn.patterns import (
+    PATTERNS, AShape, BigBird, BlockRank, Dense, Duo, FlexPrefill, MInference, Neighborhood, SampleAttention, TriShape,
+    TriangleMix, VerticalSlash, XAttention,
+)  # fmt: skip
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
 
@@ -31,6 +34,14 @@ class PatternRow:
 ROWS = [
     PatternRow(Dense(), Dense(), 1.0, True),
     # closed forms
+    PatternRow(AShape(sink_tokens=20, recent_tokens=70, block=64), AShape(recent_tokens=9999), 0.13, False),
+    PatternRow(BigBird(sink=1, recent=2, random=2, block=64), BigBird(random=9999), 0.15, False),
+    PatternRow(BlockRank(block=64), None, 0.19, True, looks_ahead=True, segments=True),
+    PatternRow(Duo(((False,),) * 4, sink_tokens=20, recent_tokens=70, block=64), Duo(((0.5,),) * 4, sparsity=0.0), 0.13, False),
+    PatternRow(Neighborhood(window=70, block=64), Neighborhood(window=9999), 0.10, False),
+    PatternRow(Neighborhood(window=128, dilation=3, block=32), None, 0.07, False),
+    PatternRow(TriShape(20, 70, 40, block=64), TriShape(20, 70, 9999), 0.14, True, looks_ahead=True),
+    PatternRow(TriangleMix(20, 70, 40, block=64), TriangleMix(start_layer=3), 0.14, True, looks_ahead=True),
     # block scores
     *(
         PatternRow(XAttention(threshold=0.5, stride=s, block=64), XAttention(threshold=1.0, stride=s, block=64), 0.55, True)
@@ -42,7 +53,14 @@ ROWS = [
         for g in ("sum", "union", "vote", "shared")
     ),
     # probes
+    PatternRow(FlexPrefill(0.5, gate=0.0, min_budget=128, block=64), FlexPrefill(1.0, gate=0.0, block=64), 0.14, True, looks_ahead=True),
+    PatternRow(FlexPrefill(0.5, gate=1.0, min_budget=0, block=64), FlexPrefill(1.0, gate=1.0, block=64), 0.31, False, looks_ahead=True),
+    PatternRow(SampleAttention(0.3, 0.3, window=16, block=64), SampleAttention(1.0, 1.0, block=64), 0.38, True, looks_ahead=True),
+    PatternRow(VerticalSlash(64, 100), VerticalSlash(slash=9999), 0.15, True, looks_ahead=True),
+    PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),
     # mixtures
+    PatternRow(MInference({"name": "vertical_slash", "vertical": 64, "slash": 100}), MInference({"name": "vertical_slash", "slash": 9999}),
+               0.15, True, looks_ahead=True),
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: repr(row.selector)[:60])
 
