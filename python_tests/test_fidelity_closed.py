@@ -99,7 +99,7 @@ def streams(gates: list[list[float]], sparsity: float) -> list[list[bool]]:
     return [[next(below) for _ in row] for row in gates]
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.25, 0.5, 0.62, 0.75, 1])
+@pytest.mark.parametrize("sparsity", [0, 0.05, 0.25, 0.5, 0.62, 0.75, 1])
 def test_duo_binarises_gates_at_the_quantile(sparsity):
     picked = random.Random(3)
     gates = [[round(picked.random(), 1) for _ in range(4)] for _ in range(3)]  # one decimal: many are equal
