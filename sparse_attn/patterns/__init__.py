@@ -8,6 +8,7 @@ from .duo import Duo
 from .flexprefill import FlexPrefill
 from .minference import MInference
 from .neighborhood import Neighborhood
+from .proxyattn import ProxyAttn
 from .sampleattention import SampleAttention
 from .tri_shape import TriangleMix, TriShape
 from .vertical_slash import VerticalSlash
@@ -27,6 +28,7 @@ PATTERNS = {
     "xattention": XAttention,
     # probes
     "flexprefill": FlexPrefill,
+    "proxyattn": ProxyAttn,
     "sampleattention": SampleAttention,
     "vertical_slash": VerticalSlash,
     # mixtures
