@@ -68,17 +68,6 @@ class Reader {
   int64_t slot_ = 0, done_ = 0;
 };
 
-// tanh to float32 accuracy in absolute terms; |x| below 0.25 by its series, where the other form cancels
-SA_INLINE F32 tanh_lanes(F32 x) {
-  const F32 a = x < 0.0f ? -x : x;
-  const F32 e = exp2_nonpositive(a * (-2 * kLog2E));
-  const F32 far = (1.0f - e) / (1.0f + e);
-  const F32 y = x * x;
-  const F32 near = a + a * y * (-0x1.555556p-2f + y * (0x1.111112p-3f + y * (-0x1.ba1ba2p-5f + y * 0x1.664f48p-6f)));
-  const F32 t = a < 0.25f ? near : far;
-  return x < 0.0f ? -t : t;
-}
-
 // logits of a tile against one panel, in place: times factor, softcap, then -inf where a query may not see a key
 template <int kVecs>
 void mask_logits(float* s, int keys, const int64_t* position, int64_t q_position, bool causal, int64_t window, float factor,

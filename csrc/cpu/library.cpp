@@ -92,6 +92,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                      kParallel);
 }
 
+[[maybe_unused]] void run_window_score(Tensor columns, Tensor diagonals, Tensor q, Tensor k, Tensor rows, double scale,
+                                       int64_t q_start, bool causal, int64_t window, double softcap, OptionalTensor first,
+                                       OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), probes(rows, ScalarType::Int);
+  expect_size(columns, {q.size(0), q.size(1), k.size(2)}, "columns");
+  expect_size(diagonals, {q.size(0), q.size(1), k.size(2)}, "diagonals");
+  window_score({view(q), view(k), probes.data<int32_t>(), rows.size(1), scale, q_start, causal, window, softcap,
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
+                output<float>(diagonals, ScalarType::Float, "diagonals")},
+               kParallel);
+}
+
+[[maybe_unused]] void run_strided_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
+                                        double scale, int64_t q_start, bool causal, int64_t window, bool rotate,
+                                        OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q.size(0), q.size(1), ceil_div(q.size(2), block_q), ceil_div(k.size(2), block_k)}, "score");
+  strided_score({view(q), view(k), block_q, block_k, stride, scale, q_start, causal, window, rotate,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "score")},
+                kParallel);
+}
+
 [[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold,
                                         OptionalTensor top_k, int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k,
                                         int64_t q_start, bool causal, int64_t window, int64_t sink, int64_t recent,
@@ -176,6 +198,12 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
   m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
+  m.def("window_score(Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
+        "bool causal, int window, float softcap, Tensor? first, Tensor? last) -> ()");
+  m.impl("window_score", TORCH_BOX(&run_window_score));
+  m.def("strided_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
+        "bool causal, int window, bool rotate, Tensor? first, Tensor? last) -> ()");
+  m.impl("strided_score", TORCH_BOX(&run_strided_score));
   m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, Tensor? top_k, int block_q, "
         "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
         "Tensor? last, Tensor? always, bool inclusive) -> ()");
