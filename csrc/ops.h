@@ -170,9 +170,15 @@ struct BlockSparseAttention {
   int64_t window;
   double softcap;
   Padding padding;
-  const float* sinks;  // [H], or null
-  View out;            // [B, H, Nq, Dv], in q's dtype
-  float* lse;          // [B, H, Nq], contiguous
+  const float* sinks;      // [H], or null
+  const int32_t* columns;  // [B, column_lists, column_slots], contiguous, or null
+  int64_t column_lists, column_slots;
+  const int32_t* near;  // [H, 2], contiguous, or null
+  int64_t dense_rows;
+  const int32_t* order;  // [B, Hkv, Nk], contiguous, or null
+  double pv_threshold;
+  View out;    // [B, H, Nq, Dv], in q's dtype
+  float* lse;  // [B, H, Nq], contiguous
 };
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
 

@@ -176,17 +176,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
-                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor, OptionalTensor, int64_t,
-                                                 OptionalTensor, double) {
+                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor columns,
+                                                 OptionalTensor near, int64_t dense_rows, OptionalTensor order,
+                                                 double pv_threshold) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
-  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int);
+  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int), column(columns, ScalarType::Int);
+  const Flat nears(near, ScalarType::Int), orders(order, ScalarType::Int);
   expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(3)}, "out");
   expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
   SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
   block_sparse_attention({view(q), view(k), view(v), count.data<int32_t>(), index.data<int32_t>(), counts.size(1), counts.size(2),
                           indices.size(3), block_q, block_k, scale, q_start, causal, window, softcap,
-                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), view(out),
-                          output<float>(lse, ScalarType::Float, "lse")},
+                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), column.data<int32_t>(),
+                          columns ? columns->size(1) : 0, columns ? columns->size(2) : 0, nears.data<int32_t>(), dense_rows,
+                          orders.data<int32_t>(), pv_threshold, view(out), output<float>(lse, ScalarType::Float, "lse")},
                          kParallel);
 }
 
