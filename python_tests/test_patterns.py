@@ -13,7 +13,7 @@ from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
 from sparse_attn.patterns import (
     PATTERNS, PBS, AShape, BigBird, BlockRank, BlockTopK, CritiPrefill, Dense, Duo, FlexPrefill, MInference, MoBA, Neighborhood, Prism,
-    SampleAttention, SpargeAttn, TriangleMix, TriShape, VerticalSlash, VMoBA, XAttention,
+    ProxyAttn, SampleAttention, SpargeAttn, TriangleMix, TriShape, VerticalSlash, VMoBA, XAttention,
 )  # fmt: skip
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
@@ -90,6 +90,7 @@ ROWS = [
     # probes
     PatternRow(FlexPrefill(0.5, gate=0.0, min_budget=128, block=64), FlexPrefill(1.0, gate=0.0, block=64), 0.14, True, looks_ahead=True),
     PatternRow(FlexPrefill(0.5, gate=1.0, min_budget=0, block=64), FlexPrefill(1.0, gate=1.0, block=64), 0.31, False, looks_ahead=True),
+    PatternRow(ProxyAttn(0.5, min_budget=192, block=64), ProxyAttn(1.0, block=64), 0.1, False, looks_ahead=True),
     PatternRow(SampleAttention(0.3, 0.3, window=16, block=64), SampleAttention(1.0, 1.0, block=64), 0.38, True, looks_ahead=True),
     PatternRow(VerticalSlash(64, 100), VerticalSlash(slash=9999), 0.15, True, looks_ahead=True),
     PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),

@@ -13,6 +13,7 @@ from .moba import MoBA
 from .neighborhood import Neighborhood
 from .pbs import PBS
 from .prism import Prism
+from .proxyattn import ProxyAttn
 from .sampleattention import SampleAttention
 from .spargeattn import SpargeAttn
 from .tri_shape import TriangleMix, TriShape
@@ -41,6 +42,7 @@ PATTERNS = {
     "xattention": XAttention,
     # probes
     "flexprefill": FlexPrefill,
+    "proxyattn": ProxyAttn,
     "sampleattention": SampleAttention,
     "vertical_slash": VerticalSlash,
     # mixtures
