@@ -12,8 +12,8 @@ from rows import attention_cases, randn
 from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
 from sparse_attn.patterns import (
-    PATTERNS, PBS, AShape, BigBird, BlockRank, BlockTopK, CritiPrefill, Dense, Duo, FlexPrefill, MInference, MoBA, Neighborhood, Prism,
-    ProxyAttn, SampleAttention, SpargeAttn, TriangleMix, TriShape, VerticalSlash, VMoBA, XAttention,
+    PATTERNS, PBS, AShape, Auto, BigBird, BlockRank, BlockTopK, Chorus, CritiPrefill, Dense, Duo, FlexPrefill, MInference,
+    MoBA, Neighborhood, Prism, ProxyAttn, SampleAttention, SpargeAttn, TriangleMix, TriShape, VerticalSlash, VMoBA, XAttention,
 )  # fmt: skip
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
@@ -95,6 +95,8 @@ ROWS = [
     PatternRow(VerticalSlash(64, 100), VerticalSlash(slash=9999), 0.15, True, looks_ahead=True),
     PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),
     # mixtures
+    PatternRow(Auto(XAttention(threshold=0.5, block=64), far_from=100), Auto(XAttention(threshold=1.0, block=64)), 0.55, True),
+    PatternRow(Chorus(threshold=0.2, stride=8, block=32), Chorus(threshold=1.0, block=32), 0.32, True, looks_ahead=True),
     PatternRow(MInference({"name": "vertical_slash", "vertical": 64, "slash": 100}), MInference({"name": "vertical_slash", "slash": 9999}),
                0.15, True, looks_ahead=True),
 ]

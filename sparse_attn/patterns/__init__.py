@@ -1,9 +1,11 @@
 """Every pattern by name; the command lines, the JSON form and the tests read this table."""
 
 from .a_shape import AShape
+from .auto import Auto
 from .bigbird import BigBird
 from .block_rank import BlockRank
 from .block_topk import BlockTopK
+from .chorus import Chorus
 from .critiprefill import CritiPrefill
 from .dense import Dense
 from .duo import Duo
@@ -46,6 +48,8 @@ PATTERNS = {
     "sampleattention": SampleAttention,
     "vertical_slash": VerticalSlash,
     # mixtures
+    "auto": Auto,
+    "chorus": Chorus,
     "minference": MInference,
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NotServed, require
-from ..types import KVView, LayerContext, ReadPlan
+from ..types import BlockIndex, KVView, LayerContext, ReadPlan
 from .choose import as_table, choose, empty_index, per_head, require_gqa
 from .pooled import pool_keys, pool_queries, shares
 
@@ -66,19 +67,26 @@ class Prism:
         if q.shape[3] % 2:
             raise NotServed(f"needs an even head_dim, got {q.shape[3]}")
         k, _ = kv.fetch()
-        index, group = empty_index(q, kv, ctx, self.block), q.shape[1] // k.shape[1]
-        pooled = pool_queries(q, index), pool_keys(k, index)
+        index = empty_index(q, kv, ctx, self.block)
         always = index.reachable(sink=self.sink, recent=self.recent if ctx.causal else 0)
         threshold = per_head(self.threshold, ctx.layer, q.shape[1], q.device)
         keep = None
-        for band in self.bands(q.shape[3]):
-            q_band, k_band = (x[..., list(band)] for x in pooled)
-            shrunk = _power(q_band) / _power(pooled[0]) * (_power(k_band) / _power(pooled[1])).repeat_interleave(group, 1)
-            scale = ctx.scale * q.shape[3] / len(band) / shrunk.sqrt()  # [B, H]
-            score = shares(q_band, k_band, scale.float(), index)
+        for score in band_scores(q, k, ctx.scale, index, self.bands(q.shape[3])):
             kept = choose(score, index, k.shape[1], threshold=threshold, sink=0, recent=0, always=always, gqa=self.gqa).to_mask()
             keep = kept if keep is None else keep | kept
         return ReadPlan(index.where(keep))
+
+
+def band_scores(q: Tensor, k: Tensor, scale: float, index: BlockIndex, bands: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    """float32 ``[B, H, Qb, Kb]`` per band of channels: mean-pooled attention of that band alone, at its own temperature."""
+    pooled, group = (pool_queries(q, index), pool_keys(k, index)), q.shape[1] // k.shape[1]
+    scores = []
+    for band in bands:
+        q_band, k_band = (x[..., list(band)] for x in pooled)
+        shrunk = _power(q_band) / _power(pooled[0]) * (_power(k_band) / _power(pooled[1])).repeat_interleave(group, 1)
+        sharp = scale * q.shape[3] / len(band) / shrunk.sqrt()  # [B, H]
+        scores.append(shares(q_band, k_band, sharp.float(), index))
+    return scores
 
 
 def _power(x: Tensor) -> Tensor:
