@@ -8,6 +8,7 @@ import torch
 
 from .config import SparseAttnConfig
 from .report import LayerLog, Report
+from .rotary import Rotation
 
 # the implementation that a patched model's config names; never written to disk
 PATCHED = "sparse_attn"
@@ -19,6 +20,7 @@ class Patched:
 
     config: SparseAttnConfig
     log: LayerLog
+    rotation: Rotation | None = None  # None where dual chunk attention is off or has no use
 
 
 def layer_of(module: torch.nn.Module) -> int:
@@ -29,12 +31,13 @@ def layer_of(module: torch.nn.Module) -> int:
 class Handle:
     """A patched model, until ``undo()``; also a context manager."""
 
-    def __init__(self, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig):
+    def __init__(self, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig,
+                 rotations: dict[str, Rotation]):
         self.config = config
         self._modules = modules
         self._configs = [(c, c._attn_implementation) for c in configs]
         for name, module in modules.items():
-            module._sparse_attn = Patched(config, LayerLog(name, layer_of(module)))
+            module._sparse_attn = Patched(config, LayerLog(name, layer_of(module)), rotations.get(name))
         for c in configs:
             c._attn_implementation_internal = PATCHED
 
