@@ -50,6 +50,16 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const Worker& worke
   parallel.run([](void* s) { static_cast<State*>(s)->worker(static_cast<State*>(s)->queue); }, &state);
 }
 
+// Read with broadcasting: the stride of a dimension of size 1 is 0; null for none.
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t stride[4];
+  T at(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
+    return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
+  }
+};
+
 struct AntidiagonalScore {
   View q, k;
   int64_t block_q, block_k, stride;
@@ -63,16 +73,34 @@ struct AntidiagonalScore {
 };
 void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
 
+struct WindowScore {
+  View q, k;
+  const int32_t* rows;  // [B, n_rows], contiguous
+  int64_t n_rows;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  double softcap;
+  Padding padding;
+  float *columns, *diagonals;  // [B, H, Nk], contiguous
+};
+void window_score(const WindowScore& args, const Parallel& parallel);
+
+struct StridedScore {
+  View q, k;
+  int64_t block_q, block_k, stride;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  bool rotate;
+  Padding padding;
+  float* out;  // [B, H, Qb, Kb], contiguous
+};
+void strided_score(const StridedScore& args, const Parallel& parallel);
+
 struct SelectBlocks {
-  // read with broadcasting: the stride of a dimension of size 1 is 0; null for none
-  template <class T>
-  struct Strided {
-    const T* data;
-    int64_t stride[4];
-    T at(int64_t b, int64_t h, int64_t i, int64_t j = 0) const {
-      return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
-    }
-  };
   View score;               // fp32 [B, H, Qb, Kb]
   const double* threshold;  // [H], or null for top_k
   Strided<int32_t> top_k;   // [B, H, Qb]
@@ -87,6 +115,50 @@ struct SelectBlocks {
 };
 void select_blocks(const SelectBlocks& args, const Parallel& parallel);
 
+enum class Pool { mean, max, min, unit_mean };
+
+struct PoolBlocks {
+  View x;
+  int64_t block;
+  Pool kind;
+  Padding padding;
+  float* out;  // [B, H, ceil(N / block), D], contiguous
+};
+void pool_blocks(const PoolBlocks& args, const Parallel& parallel);
+
+struct PooledScore {
+  View q_pooled, k_pooled;  // fp32
+  Strided<float> scale;     // [B, H]
+  int64_t block_q, block_k, n_q, n_k, q_start;
+  bool causal;
+  int64_t window;
+  Padding padding;
+  float* out;  // [B, H, Qb, Kb], contiguous
+};
+void pooled_score(const PooledScore& args, const Parallel& parallel);
+
+struct SelectGlobal {
+  View score;               // fp32 [B, H, Qb, Kb]
+  const double* threshold;  // [H]
+  bool all_heads;           // one budget for all heads of a batch row
+  int64_t block_q, block_k, n_q, n_k, q_start;
+  bool causal;
+  int64_t window;
+  Padding padding;
+  Strided<uint8_t> always;  // [B, H, Qb, Kb]
+  bool inclusive;
+  int32_t* counts;   // [B, H, Qb], contiguous
+  int32_t* indices;  // [B, H, Qb, Kb], contiguous
+};
+void select_global(const SelectGlobal& args, const Parallel& parallel);
+
+struct JsDistance {
+  Strided<float> p, q;  // [B, H, N]
+  int64_t batch, heads, n;
+  float* out;  // [B, H], contiguous
+};
+void js_distance(const JsDistance& args, const Parallel& parallel);
+
 struct BlockSparseAttention {
   View q, k, v;
   const int32_t* counts;   // [B, lists, q_blocks], contiguous
@@ -98,9 +170,15 @@ struct BlockSparseAttention {
   int64_t window;
   double softcap;
   Padding padding;
-  const float* sinks;  // [H], or null
-  View out;            // [B, H, Nq, Dv], in q's dtype
-  float* lse;          // [B, H, Nq], contiguous
+  const float* sinks;      // [H], or null
+  const int32_t* columns;  // [B, column_lists, column_slots], contiguous, or null
+  int64_t column_lists, column_slots;
+  const int32_t* near;  // [H, 2], contiguous, or null
+  int64_t dense_rows;
+  const int32_t* order;  // [B, Hkv, Nk], contiguous, or null
+  double pv_threshold;
+  View out;    // [B, H, Nq, Dv], in q's dtype
+  float* lse;  // [B, H, Nq], contiguous
 };
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
 

@@ -75,7 +75,8 @@ def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """float64 ``x`` ``[..., N, D]`` turned to ``positions``; pairs are (i, i + DIM / 2), channels past DIM stay."""
     x, angle = x.double(), angles(positions)
     a, b, rest = x[..., : DIM // 2], x[..., DIM // 2 : DIM], x[..., DIM:]
-    return torch.cat([FACTOR * (a * angle.cos() - b * angle.sin()), FACTOR * (b * angle.cos() + a * angle.sin()), rest], -1)
+    cos, sin = FACTOR * angle.cos(), FACTOR * angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def as_models_do(q, k, cos, sin):
@@ -101,7 +102,8 @@ def truth_of(q, k, v, dual: DualChunk, scale: float, sinks=None) -> tuple[torch.
     logits = torch.full((*q.shape[:3], n), -math.inf, dtype=torch.float64)
     back = at[:, None] // period - key // period
     seen = [(back == 0) & (key <= at[:, None]), back == 1, back >= 2]
-    for where, positions in zip(seen, (at % period, (at % period + period).clamp(max=dual.chunk), torch.full_like(at, dual.chunk))):
+    three = (at % period, (at % period + period).clamp(max=dual.chunk), torch.full_like(at, dual.chunk))
+    for where, positions in zip(seen, three):
         logits = torch.where(where, rotated(q, positions) @ k.mT * scale, logits)
     if dual.trained:
         f = (0.1 * ((at + 1) / dual.trained).double().log() + 1).clamp(min=1)
@@ -125,6 +127,14 @@ DUALS = [DualChunk(20, 4), DualChunk(20, 10), DualChunk(20, 1, trained=16), Dual
 SCALE = 0.3
 
 
+def attended(q, k, v, selector, dual, n_q=None, ctx=None):
+    """``dual_chunk_attention`` of unrotated inputs, handed over as a model would; the last ``n_q`` are the queries."""
+    n_q = n_q or q.shape[2]
+    ctx = ctx or LayerContext(0, SCALE, k.shape[2] - n_q)
+    queries = at_true_positions(q)[:, :, q.shape[2] - n_q :]
+    return dual_chunk_attention(queries, ResidentKV(at_true_positions(k), v), ctx, selector, dual, ROTATION)
+
+
 @pytest.mark.parametrize("dual", DUALS, ids=str)
 @pytest.mark.parametrize("n_q", [75, 40, 3, 1])
 def test_three_rotations_written_out(dual, n_q):
@@ -132,12 +142,11 @@ def test_three_rotations_written_out(dual, n_q):
     q, k, v = inputs()
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     truth, lse_truth = truth_of(q[:, :, 75 - n_q :], k, v, dual, SCALE, sinks)
-    found = dual_chunk_attention(at_true_positions(q)[:, :, 75 - n_q :], ResidentKV(at_true_positions(k), v),
-                                 LayerContext(0, SCALE, 75 - n_q, sinks=sinks), Dense(), dual, ROTATION)
+    ctx = LayerContext(0, SCALE, 75 - n_q, sinks=sinks)
+    found = attended(q, k, v, Dense(), dual, n_q, ctx)
     assert found.out.transpose(1, 2).is_contiguous() and found.density is None
     assert (found.out - truth).abs().max() < 3e-6 and (found.lse - lse_truth).abs().max() < 1e-5
-    plain = dual_chunk_attention(at_true_positions(q)[:, :, 75 - n_q :], ResidentKV(at_true_positions(k), v),
-                                 LayerContext(0, SCALE, 75 - n_q, sinks=sinks), Dense(), DualChunk(200, 4), ROTATION)
+    plain = attended(q, k, v, Dense(), DualChunk(200, 4), n_q, ctx)
     assert (plain.out - truth).abs().max() > 1e-2, "plain attention must be far off, or this test sees nothing"
 
 
@@ -147,11 +156,11 @@ def test_narrow_dtypes_are_as_good_as_torch_on_narrow_rotations(dtype):
     q, k, v = inputs(dtype=dtype)
     dual = DUALS[0]
     truth, _ = truth_of(q, k, v, dual, SCALE)
-    found = dual_chunk_attention(at_true_positions(q), ResidentKV(at_true_positions(k), v), LayerContext(0, SCALE, 0), Dense(), dual, ROTATION)
+    found = attended(q, k, v, Dense(), dual)
     assert found.out.dtype == dtype
-    rounded_once = truth_of(at_true_positions(q).float(), at_true_positions(k).float(), v, DualChunk(10**6, 1), SCALE)[0].to(dtype)
+    rounded_once, _ = truth_of(at_true_positions(q).float(), at_true_positions(k).float(), v, DualChunk(10**6, 1), SCALE)
     exact = truth_of(*(x.double() for x in (q, k, v)), DualChunk(10**6, 1), SCALE)[0]
-    assert_as_good_as_torch(found.out, rounded_once - exact + truth, truth, floor=4 * torch.finfo(dtype).eps)
+    assert_as_good_as_torch(found.out, rounded_once.to(dtype) - exact + truth, truth, floor=4 * torch.finfo(dtype).eps)
 
 
 def test_up_to_a_chunk_of_keys_nothing_changes():
@@ -189,14 +198,14 @@ def test_a_padded_row_equals_the_row_alone(first, dual, n_q, tail, critical, spa
 def test_where_the_model_counts_from_does_not_matter():
     """A bare forward over a left-padded batch numbers the padding too; only differences of angles count."""
     q, k, v = inputs()
-    want, got = (dual_chunk_attention(at_true_positions(q, shift), ResidentKV(at_true_positions(k, shift), v), LayerContext(0, SCALE, 0),
-                                      Dense(), DUALS[0], ROTATION).out for shift in (0, 13))
+    ctx = LayerContext(0, SCALE, 0)
+    want, got = (dual_chunk_attention(at_true_positions(q, shift), ResidentKV(at_true_positions(k, shift), v), ctx, Dense(),
+                                      DUALS[0], ROTATION).out for shift in (0, 13))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def test_a_selector_sees_each_region_by_itself_and_the_density_counts_pairs():
-    q, k, v = inputs(n=96)
-    q, k, seen = at_true_positions(q), at_true_positions(k), []
+    (q, k, v), seen = inputs(n=96), []
 
     class Spy(XAttention):
         def select(self, q, kv, ctx):
@@ -204,20 +213,19 @@ def test_a_selector_sees_each_region_by_itself_and_the_density_counts_pairs():
             return super().select(q, kv, ctx)
 
     dual = DualChunk(28, 4)
-    found = dual_chunk_attention(q, ResidentKV(k, v), LayerContext(0, SCALE, 0), Spy(threshold=1.0, block=8, stride=4), dual, ROTATION)
-    dense = dual_chunk_attention(q, ResidentKV(k, v), LayerContext(0, SCALE, 0), Dense(), dual, ROTATION)
+    found, dense = (attended(q, k, v, how, dual) for how in (Spy(threshold=1.0, block=8, stride=4), Dense()))
     torch.testing.assert_close(found.out, dense.out, atol=3e-6, rtol=0)
     assert found.density.tolist() == pytest.approx([1.0] * 4)
     shapes = [(a.shape[2], b.shape[2], causal, start) for a, b, causal, start in seen]
-    assert shapes == [(24, 24, True, 0), (24, 24, True, 0), (24, 24, False, 0), (24, 24, True, 0), (24, 24, False, 0), (24, 24, False, 0),
-                      (24, 24, True, 0), (24, 24, False, 0), (24, 48, False, 0)]
+    own, other, both = (24, 24, True, 0), (24, 24, False, 0), (24, 48, False, 0)
+    assert shapes == [own, own, other, own, other, other, own, other, both]
     # critical: the chunk before is chosen at true distances, those further back from p mod L + chunk
-    assert torch.equal(seen[-2][0], q[:, :, 72:])
-    far = rotated(inputs(n=96)[0][:, :, 72:], torch.arange(24) + 28)
+    assert torch.equal(seen[-2][0], at_true_positions(q)[:, :, 72:])
+    far = rotated(q[:, :, 72:], torch.arange(24) + 28)
     torch.testing.assert_close(seen[-1][0].double(), far, atol=1e-5, rtol=0)
-    near = rotated(inputs(n=96)[1][:, :, :48], torch.arange(48) % 24)
+    near = rotated(k[:, :, :48], torch.arange(48) % 24)
     torch.testing.assert_close(seen[-1][1].double(), near, atol=1e-5, rtol=0)
-    less = dual_chunk_attention(q, ResidentKV(k, v), LayerContext(0, SCALE, 0), XAttention(threshold=0.0, sink=0, block=8, stride=4), dual, ROTATION)
+    less = attended(q, k, v, XAttention(threshold=0.0, sink=0, block=8, stride=4), dual)
     own = sum(24 * 25 // 2 * (3 / 6) for _ in range(4))  # 3 diagonal blocks of 6 in each chunk, nothing elsewhere
     assert less.density.tolist() == pytest.approx([own / (96 * 97 / 2)] * 4)
 
@@ -231,10 +239,9 @@ def test_critical_false_chooses_with_the_distances_that_attention_uses():
             seen.append(q)
             return super().select(q, kv, ctx)
 
-    dual_chunk_attention(at_true_positions(q), ResidentKV(at_true_positions(k), v), LayerContext(0, SCALE, 0), Spy(block=8, stride=4),
-                         DualChunk(28, 4, critical=False), ROTATION)
-    torch.testing.assert_close(seen[-1].double(), rotated(q[:, :, 72:], torch.full((24,), 28)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen[-2].double(), rotated(q[:, :, 72:], 48 + (torch.arange(24) + 24).clamp(max=28)), atol=1e-5, rtol=0)
+    attended(q, k, v, Spy(block=8, stride=4), DualChunk(28, 4, critical=False))
+    for got, positions in ((seen[-1], torch.full((24,), 28)), (seen[-2], 48 + (torch.arange(24) + 24).clamp(max=28))):
+        torch.testing.assert_close(got.double(), rotated(q[:, :, 72:], positions), atol=1e-5, rtol=0)
 
 
 # -- models ---------------------------------------------------------------------------------------------------------------
@@ -246,7 +253,8 @@ from test_transformers import TINY, assert_same, logits, padded, sharpened, toke
 
 DUAL = DualChunk(24, 5, trained=20)
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-TYPED = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+TYPES = ["sliding_attention", "full_attention"]
+TYPED = dict(zip(TYPES, ({"rope_type": "default", "rope_theta": 100.0}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 2})))
 # class prefix -> what differs from TINY, and the layers that dual chunk attention changes
 SERVED = {
     "Llama": ({}, {0, 1}),
@@ -254,9 +262,9 @@ SERVED = {
     "Phi3": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}), {0, 1}),
     "StableLm": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}), {0, 1}),
     "Glm4": ({}, {0, 1}),
-    "GptOss": (dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=12, layer_types=["full_attention", "sliding_attention"]), {0}),
+    "GptOss": (dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=12, layer_types=TYPES[::-1]), {0}),
     "SmolLM3": (dict(no_rope_layers=[1, 0], use_sliding_window=False), {0}),
-    "Gemma3": (dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"], rope_parameters=TYPED), {1}),
+    "Gemma3": (dict(sliding_window=12, layer_types=TYPES, rope_parameters=TYPED), {1}),
     "GPTNeoX": ({}, {0, 1}),
 }
 
@@ -307,9 +315,9 @@ def test_a_model_with_dual_chunks_equals_its_attention_written_out(served, monke
 
     keys, logit = to(k, at % period), torch.full((n, n), -math.inf).expand(*q.shape[:2], n, n).clone()
     back = at[:, None] // period - at // period
-    for queries, where in ((to(q, at % period), (back == 0) & (at <= at[:, None])), (to(q, (at % period + period).clamp(max=DUAL.chunk)), back == 1),
-                           (to(q, torch.full_like(at, DUAL.chunk)), back > 1)):
-        logit = torch.where(where, queries @ keys.mT, logit)
+    three = (at % period, (at % period + period).clamp(max=DUAL.chunk), torch.full_like(at, DUAL.chunk))
+    for positions, where in zip(three, ((back == 0) & (at <= at[:, None]), back == 1, back > 1)):
+        logit = torch.where(where, to(q, positions) @ keys.mT, logit)
     f = DUAL.factor(at + 1).float()
     logit = logit * ctx.scale * (f * f)[:, None]
     if ctx.sinks is not None:
@@ -329,10 +337,10 @@ def test_however_the_text_is_cut_or_padded_the_logits_are_the_same(served):
         alone = torch.cat([model(ids[row : row + 1, pad:]).logits[0] for row, pad in enumerate((0, 19, 33))])
         for scenario in ("left", "chunked_left", "static_left"):
             assert_same(logits(model, scenario), alone)
-        steps = model.generate(ids[:, :40], attention_mask=mask[:, :40], max_new_tokens=12, do_sample=False, output_logits=True,
+        steps = model.generate(ids[:, :40], attention_mask=mask[:, :40], max_new_tokens=8, do_sample=False, output_logits=True,
                                return_dict_in_generate=True)
-        again = model(steps.sequences, attention_mask=torch.cat([mask[:, :40], torch.ones(3, 12, dtype=torch.long)], 1),
-                      position_ids=(torch.cat([mask[:, :40], torch.ones(3, 12, dtype=torch.long)], 1).cumsum(1) - 1).clamp(min=0)).logits
+        longer = torch.cat([mask[:, :40], torch.ones(3, 8, dtype=torch.long)], 1)
+        again = model(steps.sequences, attention_mask=longer, position_ids=(longer.cumsum(1) - 1).clamp(min=0)).logits
         assert_same(torch.stack(steps.logits, 1), again[:, 39:-1])
     assert not torch.allclose(logits(model, "unpadded"), want, atol=1e-2), "dual chunks must matter, or this test sees nothing"
 
@@ -368,7 +376,7 @@ REFUSED = [
                         n_routed_experts=4, n_group=2, topk_group=1), "latent attention"),
     ("Llama", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "'dynamic' changes its frequencies"),
     ("Mistral", dict(sliding_window=24), "no layer of it has both rotary positions and full attention"),
-    ("Cohere2", dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"]), "no layer of it has both"),
+    ("Cohere2", dict(sliding_window=24, layer_types=TYPES), "no layer of it has both"),
     ("GPT2", dict(n_embd=64, n_layer=1, n_head=4), "it has no rotary_emb"),
     ("Qwen2VL", None, r"several axes \(M-RoPE\)"),
 ]
@@ -396,7 +404,7 @@ def test_a_call_that_cannot_be_chunked_raises_instead_of_leaving_the_trained_ran
     model, ids = tiny("Llama"), tokens(2)
     holes = torch.ones_like(ids)
     holes[0, 10:14] = 0
-    with sparse_attn.patch(model, dual_chunk=DUAL), pytest.raises(ContractError, match="cannot serve a call over 81 keys: a row's real tokens"):
+    with sparse_attn.patch(model, dual_chunk=DUAL), pytest.raises(ContractError, match="a call over 81 keys: a row's real tokens"):
         model(ids, attention_mask=holes)
     with sparse_attn.patch(model, dual_chunk=DUAL), torch.enable_grad(), pytest.raises(ContractError, match="requires grad"):
         model(ids)

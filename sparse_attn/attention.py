@@ -36,7 +36,7 @@ class Attended:
 
 
 def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector, chooser: Tensor | None = None) -> Attended:
-    """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses, seeing ``chooser`` if given, else q."""
+    """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses when shown ``chooser``, or q."""
     plan, refusal = ReadPlan(), None
     try:
         plan = selector.select(q if chooser is None else chooser, kv, ctx)

@@ -110,7 +110,8 @@ def as_dual_chunk(value: DualChunk | dict | None) -> DualChunk | None:
     require(isinstance(value, dict), f"dual_chunk is a DualChunk, its dict or None, got {value!r}")
     known = [f.name for f in fields(DualChunk)]
     wrong = [key for key in value if key not in known] + [name for name in ("chunk", "local") if name not in value]
-    require(not wrong, f"dual_chunk takes {_listed(known)}, of which chunk and local must be given; got {_listed(value) or 'none'}")
+    got = _listed(value) or "none"
+    require(not wrong, f"dual_chunk takes {_listed(known)}, of which chunk and local must be given; got {got}")
     return DualChunk(**value)
 
 

@@ -71,9 +71,10 @@ class DualChunk:
     def __post_init__(self):
         for name in ("chunk", "local", "trained"):
             tokens = getattr(self, name)
-            whole = isinstance(tokens, int) and not isinstance(tokens, bool)
-            require(whole and tokens >= (name != "trained"), f"{name}={tokens!r} must be a number of tokens, {int(name != 'trained')} or more")
-        require(2 * self.local <= self.chunk, f"local={self.local} is more than half of chunk={self.chunk}; a tenth of it is usual")
+            whole, least = isinstance(tokens, int) and not isinstance(tokens, bool), int(name != "trained")
+            require(whole and tokens >= least, f"{name}={tokens!r} must be a number of tokens, {least} or more")
+        few = 2 * self.local <= self.chunk
+        require(few, f"local={self.local} is more than half of chunk={self.chunk}; a tenth of it is usual")
         require(isinstance(self.critical, bool), f"critical={self.critical!r} must be true or false")
 
     @property
@@ -119,12 +120,14 @@ class DualAttended:
     first: tuple[Part, LayerContext, Attended] | None
 
 
-def dual_chunk_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector, dual: DualChunk, rotation: Rotation) -> DualAttended:
+def dual_chunk_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector, dual: DualChunk,
+                         rotation: Rotation) -> DualAttended:
     """Attention of ``q`` ``[B, H, Nq, D]``, rotated like the keys at true positions, with the distances of ``dual``.
 
     Positions count from each row's first real key. A layer with a sliding window has no use for this (``ctx.window`` is 0).
     """
-    require(ctx.causal and not ctx.window, "dual chunk attention needs a causal layer without a sliding window; call sparse_attention")
+    require(ctx.causal and not ctx.window, "dual chunk attention needs a causal layer without a window; call sparse_attention")
+    require(ctx.segments is None, "dual chunk attention knows no documents, but segment ids were given; leave one of them out")
     (k, v), (batch, heads, n_q, _) = kv.fetch(), q.shape
     out = q.new_zeros(batch, n_q, heads, v.shape[3]).transpose(1, 2)
     lse = torch.full((batch, heads, n_q), float("-inf"), device=q.device)
@@ -139,8 +142,9 @@ def dual_chunk_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Sel
             outs, lses = [], []
             for i, part in enumerate(regions):
                 # a sink counts once, in the part that every query has; what one layer leaves for the next stays in its part
-                local = replace(ctx, q_start=part.q_start, causal=part.causal, first=None, last=None, sinks=ctx.sinks if part.causal else None,
-                                carry=None if ctx.carry is None else ctx.carry.setdefault(("dual_chunk", b, chunk, i), {}))
+                carry = None if ctx.carry is None else ctx.carry.setdefault(("dual_chunk", b, chunk, i), {})
+                local = replace(ctx, q_start=part.q_start, causal=part.causal, first=None, last=None, carry=carry,
+                                sinks=ctx.sinks if part.causal else None)
                 found = sparse_attention(part.q, ResidentKV(part.k, part.v), local, selector, part.chooser)
                 outs.append(found.out)
                 lses.append(found.lse)

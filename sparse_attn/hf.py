@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,10 @@ from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .dual_chunk import DualChunk, dual_chunk_attention
 from .errors import ContractError, require
-from .handle import PATCHED, Handle, layer_of
+from .handle import PATCHED, Handle, Patched, layer_of
 from .layout import Layout, allowed_traced, encode, layout_of, layout_of_one
 from .masked import masked_attention, only_listed
+from .own_blocks import attend_own_blocks
 from .patterns import PATTERNS, Dense
 from .report import LayerLog
 from .rotary import Rotation, rotations
@@ -58,7 +60,12 @@ class _Call:
     softcap: float
     sinks: Tensor | None
     kwargs: dict
-    log: LayerLog | None
+    patched: Patched | None
+    segment_ids: Tensor | None
+
+    @property
+    def log(self) -> LayerLog | None:
+        return self.patched.log if self.patched else None
 
     def by_sdpa(self, mask: Tensor | None, causal: bool, reason: str, n_seen: int | None = None) -> Tensor:
         """Exactly what transformers' sdpa would return, or its eager formula where SDPA has no word for it."""
@@ -87,18 +94,28 @@ class _Call:
 
     def by_selector(self, layout: Layout, selector: Selector) -> Tensor:
         """Over what the selector chooses."""
-        attended = self._attend(layout, selector)
+        return self._noted(self._attend(layout, selector), layout)
+
+    def by_own_blocks(self, layout: Layout, indices: Tensor, block: int, method: Selector) -> Tensor:
+        """Over the key blocks that the model itself chose, which leaves the method no choice."""
+        attended = attend_own_blocks(self.q, ResidentKV(self.k, self.v), self._context(layout), indices, block)
+        dense = isinstance(method, Dense)
+        return self._noted(attended, layout, [] if dense else [f"{type(method).__name__}: the model chooses its own key blocks"])
+
+    def _noted(self, attended: Attended, layout: Layout, refusals: Sequence[str] = ()) -> Tensor:
+        """The output in transformers' layout, once the report knows how it came about."""
         if self.log is not None and not torch.compiler.is_compiling():
+            n_q, n_seen = self.q.shape[2], layout.q_start + self.q.shape[2]
+            backend, slower = self._backend(attended, layout)
             if attended.plan.blocks is None:
-                self._note(self._backend(attended, layout)[0], attended.refusal or "the method reads everything",
-                           layout.q_start + self.q.shape[2])
+                self._note(backend, attended.refusal or "the method reads everything", n_seen)
             else:
                 density = attended.plan.head_density()
-                density = density.repeat_interleave(self.q.shape[1] // len(density))
-                self.log.sparse(*self._backend(attended, layout), density, self.q.shape[2], layout.q_start + self.q.shape[2])
+                self.log.sparse(backend, [*slower, *refusals], density.repeat_interleave(self.q.shape[1] // len(density)), n_q, n_seen)
         return attended.out.transpose(1, 2).contiguous()
 
-    def by_dual_chunk(self, layout: Layout, selector: Selector, dual: DualChunk, rotation: Rotation, reason: str | None) -> Tensor:
+    def by_dual_chunk(self, layout: Layout, selector: Selector, dual: DualChunk, rotation: Rotation,
+                      reason: str | None) -> Tensor:
         """Over what the selector chooses, no key farther than ``dual`` allows; ``reason`` says why the selector is Dense."""
         found = dual_chunk_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector, dual, rotation)
         if self.log is not None and found.first is not None:
@@ -124,8 +141,25 @@ class _Call:
         return None
 
     def _context(self, layout: Layout) -> LayerContext:
+        config = getattr(self.module, "config", None)
+        told = 0 if getattr(config, "is_encoder_decoder", False) else getattr(config, "num_hidden_layers", 0)
         return LayerContext(layer_of(self.module), self.scale, layout.q_start, True, layout.first, layout.last, layout.window,
-                            self.softcap, self.sinks)
+                            self.softcap, self.sinks, self.patched.n_layers if self.patched else told, self._segments(layout),
+                            self.patched.forward.carry if self.patched else None)
+
+    def _segments(self, layout: Layout) -> Tensor | None:
+        """The documents of these keys and of what follows them in the prompt."""
+        ids, before = self.segment_ids, self.patched.forward.segments if self.patched else None
+        require(ids is None or before is None, "segment_ids came twice, from handle.segments and with the call; give them once")
+        ids = before if ids is None else ids
+        if ids is None:
+            return None
+        batch, end = self.q.shape[0], layout.offset + layout.n_seen
+        require(ids.dim() == 2 and ids.shape[0] == batch,
+                f"segment ids {list(ids.shape)} do not fit a prompt of {batch} rows; give [{batch}, N], beams being rows of their own")
+        require(ids.shape[1] >= end, f"segment ids cover {ids.shape[1]} of {end} tokens; give one per token, -1 for no document")
+        ids = ids[:, layout.offset :].to(self.q.device, torch.int32)
+        return torch.nn.functional.pad(ids, (0, max(0, layout.n_k - ids.shape[1])), value=-1)
 
     def _attend(self, layout: Layout, selector: Selector) -> Attended:
         return sparse_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector)
@@ -156,12 +190,14 @@ def _explained(q: Tensor, kv: ResidentKV, ctx: LayerContext, attended: Attended)
 def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
                softcap: float | None = None, s_aux: Tensor | None = None, sinks: Tensor | None = None,
-               indices: Tensor | None = None, block_indices: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+               indices: Tensor | None = None, block_indices: Tensor | None = None, segment_ids: Tensor | None = None,
+               **kwargs) -> tuple[Tensor, None]:
     """The attention function: ``[B, Nq, H, Dv]`` and no weights."""
     patched = module.__dict__.get("_sparse_attn")
-    config, log = (patched.config, patched.log) if patched else (default, None)
+    config = patched.config if patched else default
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, log)
+    call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, patched,
+                 segment_ids)
     n_q, n_k = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     chosen = indices if indices is not None else block_indices
@@ -178,7 +214,8 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
     if rotation is not None and torch.compiler.is_compiling():
         refusal = "torch.compile is tracing it"
     exact = attention_mask is not None and attention_mask.dim() != 2
-    one = rotation is not None and refusal is None and exact and attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1)
+    one = exact and rotation is not None and refusal is None and attention_mask.shape[1:3] == (1, 1)
+    one = one and attention_mask.dtype == torch.bool  # decoding with a StaticCache
     if one or not exact:
         layout = layout_of_one(attention_mask) if one else layout_of(attention_mask, n_q, n_k)
         if unwanted is None and layout.n_seen < config.dense_below:
@@ -188,7 +225,11 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
     else:
         refusal = refusal or "its mask is not plain causal, sliding or padded"
     if chosen is not None:
-        refusal = "the model chooses its own keys"
+        why = refusal or ("token by token" if block_indices is None else _why_masked(module, block_indices, layout))
+        short = _too_short(config, n_q, layout.n_seen if layout else n_k)
+        if why is None and short is None and n_q > 1:
+            return call.by_own_blocks(layout, block_indices, module.indexer.block_size, config.prefill), None
+        refusal = f"the model chooses its own keys ({short or why or 'decoding'})"
         attention_mask = layout.allowed(n_q, query.device) if layout else attention_mask
         if indices is not None:
             attention_mask = only_listed(attention_mask, indices, n_k)
@@ -198,8 +239,10 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
             attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, n_k, query.dtype, query.device,
                                                              positions.expand(query.shape[0], -1))
         layout = None
-    if rotation is not None and config.dual_chunk.changes(layout.n_seen if layout else n_k):
-        require(refusal is None, f"dual_chunk cannot serve a call over {n_k} keys: {refusal}; a plain one would leave the trained range")
+    if rotation is not None and config.dual_chunk.changes(layout.offset + layout.n_seen if layout else n_k):
+        refusal = "its cache let go of the first keys" if layout is not None and layout.offset else refusal
+        require(refusal is None,
+                f"dual_chunk cannot serve a call over {n_k} keys: {refusal}; a plain one would leave the trained range")
         return call.by_dual_chunk(layout, Dense() if unwanted else config.prefill, config.dual_chunk, rotation, unwanted), None
     if unwanted is None and refusal is None:
         return call.by_selector(layout, config.prefill), None
@@ -217,10 +260,31 @@ def _why_dense(config: SparseAttnConfig, module: torch.nn.Module, n_q: int, n_k:
         return "prefill is dense"
     if layer_of(module) in config.dense_layers:
         return "layer is in dense_layers"
+    return _too_short(config, n_q, n_k)
+
+
+def _too_short(config: SparseAttnConfig, n_q: int, n_k: int) -> str | None:
+    """Why reading less would not pay; None if it would."""
     if n_q < config.min_queries:
         return f"fewer than {config.min_queries} queries"
     if n_k < config.dense_below:
         return f"fewer than {config.dense_below} keys"
+    return None
+
+
+def _why_masked(module: torch.nn.Module, block_indices: Tensor, layout: Layout | None) -> str | None:
+    """Why the key blocks that a model chose cannot be walked as they are; None if they can."""
+    if torch.compiler.is_compiling():
+        return "inside a compiled graph"
+    size, local = (getattr(module.indexer, name, 0) for name in ("block_size", "local_blocks"))
+    if size < 1 or local < 1:
+        return f"its indexer has block_size={size} and local_blocks={local}; every query must read its own block"
+    if layout is None:
+        return "its mask is not plain causal, sliding or padded"
+    if layout.window or layout.offset:
+        return "the layer has a sliding window"
+    if layout.first is not None:
+        return "left padding shifts the blocks it counts from key 0"
     return None
 
 
@@ -332,7 +396,13 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention",
     require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
     turns = rotations(tower, modules) if config.dual_chunk else {}
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return Handle(modules, list(configs.values()), config, turns)
+    return Handle(_around(tower, modules), modules, list(configs.values()), config, turns)
+
+
+def _around(tower: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """The smallest model that holds all ``layers``: its forward runs whether it is called itself or by a head on top."""
+    wanted = set(layers.values())
+    return [m for m in tower.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())][-1]
 
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -55,7 +55,8 @@ class Rotation:
         whole, rest = x[..., : self.width], x[..., self.width :] if self.width else x[..., :0]
         try:
             there, wanted = (torch.cat([self.apply(whole, whole[:, :0], *self.tables(p[None]))[0], rest], -1) for p in (at, to))
-            return there.shape == x.shape and not torch.equal(there, wanted) and torch.allclose(self.move(there, at, to), wanted, atol=1e-4)
+            turned = there.shape == x.shape and not torch.equal(there, wanted)
+            return turned and torch.allclose(self.move(there, at, to), wanted, atol=1e-4)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
 

@@ -36,7 +36,8 @@ class LayerContext:
         softcap: bound on the logits; 0 for none.
         sinks: learned sink logits ``[H]``; None for none.
         n_layers: attention layers of the model; 0 where nobody said.
-        segments: int32 ``[B, Nk]`` document of each key, rising from 0, -1 for keys of no document; None where nobody said.
+        segments: int32 ``[B, >= Nk]`` document of each key and, where known, of the prompt after it; rising from 0, -1 for tokens
+            of no document; None where nobody said.
         carry: what one layer leaves for the next of the same forward (a method keys it by its own name); None outside a
             patched model.
     """
@@ -187,18 +188,20 @@ class ReadPlan:
         """float64 ``[heads]``: tiles read over tiles causally reachable, per list; 1 for a dense plan.
 
         A tile that ``near`` reaches counts whole, a column outside every listed tile as its ``1 / block_k``, and a dense row
-        as its share of its query block.
+        as its share of its query block. Sorted by ``order``, a query block may read more tiles than it reaches unsorted; it then
+        counts as dense.
         """
         blocks = self.blocks
         if blocks is None:
             return torch.ones(1, dtype=torch.float64)
-        if self.columns is None and self.near is None and not self.dense_rows:
+        if self.columns is None and self.near is None and self.order is None and not self.dense_rows:
             return blocks.head_density()
         start, real = (x.to(blocks.counts.device)[:, None] for x in blocks.rows())  # [B, 1, Qb]
         mask, reachable = blocks.to_mask(), blocks.reachable()
         if self.near is not None:
             edge = torch.arange(mask.shape[3], device=mask.device) * blocks.block[1]
             sink, local = self.near.long().view(1, -1, 2, 1, 1).unbind(2)
+            mask = mask.repeat_interleave(len(self.near) // mask.shape[1], 1)
             mask = mask | reachable & ((edge < sink) | (local > 0) & (edge + blocks.block[1] > start[..., None] - local + 1))
         read = mask.sum(-1, dtype=torch.float64)
         if self.columns is not None:
@@ -212,7 +215,7 @@ class ReadPlan:
         whole = reachable.sum(-1, dtype=torch.float64)
         if self.dense_rows:
             left = real.sum(-1, keepdim=True) - real.cumsum(-1)  # real queries after each block
-            share = ((self.dense_rows - left).clamp(min=0).minimum(real) / real.clamp(min=1)).double()
+            share = (self.dense_rows - left).clamp(min=0).minimum(real).double() / real.clamp(min=1)
             read = share * whole + (1 - share) * read
         return torch.minimum(read, whole).sum((0, 2)) / whole.sum()
 

@@ -59,7 +59,8 @@ class Shape:
                      back2=self.code, back3=self.code, topic_long=self.topic, topic_short=self.topic, topic_mid=self.topic,
                      copy_out=self.copy)  # fmt: skip
         ends = list(accumulate(sizes.values()))
-        return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)} | {"free": slice(ends[-1], self.hidden)}
+        slots = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
+        return slots | {"free": slice(ends[-1], self.hidden)}
 
     def channels(self) -> tuple[int, list[int], list[int]]:
         """Channels of a layer 1 head that hold the start token, three codes, the topic."""

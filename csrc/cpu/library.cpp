@@ -65,8 +65,8 @@ T* output(const Tensor& t, ScalarType dtype, const char* name) {
 
 // element (b, h, i, j) of a tensor of up to four dimensions that was expanded to them
 template <class T>
-SelectBlocks::Strided<T> strided(const Tensor& t) {
-  SelectBlocks::Strided<T> s{static_cast<const T*>(t.data_ptr()), {}};
+Strided<T> strided(const Tensor& t) {
+  Strided<T> s{static_cast<const T*>(t.data_ptr()), {}};
   for (int i = 0; i < t.dim(); ++i) s.stride[i] = t.size(i) == 1 ? 0 : t.stride(i);
   return s;
 }
@@ -92,6 +92,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                      kParallel);
 }
 
+[[maybe_unused]] void run_window_score(Tensor columns, Tensor diagonals, Tensor q, Tensor k, Tensor rows, double scale,
+                                       int64_t q_start, bool causal, int64_t window, double softcap, OptionalTensor first,
+                                       OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), probes(rows, ScalarType::Int);
+  expect_size(columns, {q.size(0), q.size(1), k.size(2)}, "columns");
+  expect_size(diagonals, {q.size(0), q.size(1), k.size(2)}, "diagonals");
+  window_score({view(q), view(k), probes.data<int32_t>(), rows.size(1), scale, q_start, causal, window, softcap,
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
+                output<float>(diagonals, ScalarType::Float, "diagonals")},
+               kParallel);
+}
+
+[[maybe_unused]] void run_strided_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
+                                        double scale, int64_t q_start, bool causal, int64_t window, bool rotate,
+                                        OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q.size(0), q.size(1), ceil_div(q.size(2), block_q), ceil_div(k.size(2), block_k)}, "score");
+  strided_score({view(q), view(k), block_q, block_k, stride, scale, q_start, causal, window, rotate,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "score")},
+                kParallel);
+}
+
 [[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold,
                                         OptionalTensor top_k, int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k,
                                         int64_t q_start, bool causal, int64_t window, int64_t sink, int64_t recent,
@@ -99,30 +121,75 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
   expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
   expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
-  SelectBlocks::Strided<int32_t> most{};
-  SelectBlocks::Strided<uint8_t> besides{};
+  Strided<int32_t> most{};
+  Strided<uint8_t> besides{};
   if (top_k) most = strided<int32_t>(*top_k);
   if (always) besides = strided<uint8_t>(*always);
-  select_blocks({view(score), thresholds.data<double>(), most, besides, inclusive, block_q, block_k, n_q, n_k, q_start, causal, window, sink, recent,
-                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<int32_t>(counts, ScalarType::Int, "counts"),
-                 output<int32_t>(indices, ScalarType::Int, "indices")},
+  select_blocks({view(score), thresholds.data<double>(), most, besides, inclusive, block_q, block_k, n_q, n_k, q_start, causal,
+                 window, sink, recent, {firsts.data<int32_t>(), lasts.data<int32_t>()},
+                 output<int32_t>(counts, ScalarType::Int, "counts"), output<int32_t>(indices, ScalarType::Int, "indices")},
                 kParallel);
+}
+
+[[maybe_unused]] void run_pool_blocks(Tensor out, Tensor x, int64_t block, std::string kind, OptionalTensor first,
+                                      OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  const Pool pool = kind == "max" ? Pool::max : kind == "min" ? Pool::min : kind == "unit_mean" ? Pool::unit_mean : Pool::mean;
+  expect_size(out, {x.size(0), x.size(1), ceil_div(x.size(2), block), x.size(3)}, "pooled");
+  pool_blocks({view(x), block, pool, {firsts.data<int32_t>(), lasts.data<int32_t>()},
+               output<float>(out, ScalarType::Float, "pooled")},
+              kParallel);
+}
+
+[[maybe_unused]] void run_pooled_score(Tensor out, Tensor q_pooled, Tensor k_pooled, Tensor scale, int64_t block_q,
+                                       int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, int64_t window,
+                                       OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q_pooled.size(0), q_pooled.size(1), q_pooled.size(2), k_pooled.size(2)}, "shares");
+  pooled_score({view(q_pooled), view(k_pooled), strided<float>(scale), block_q, block_k, n_q, n_k, q_start, causal, window,
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "shares")},
+               kParallel);
+}
+
+[[maybe_unused]] void run_select_global(Tensor counts, Tensor indices, Tensor score, Tensor threshold, std::string scope,
+                                        int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal,
+                                        int64_t window, OptionalTensor first, OptionalTensor last, OptionalTensor always,
+                                        bool inclusive) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
+  expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
+  expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
+  Strided<uint8_t> besides{};
+  if (always) besides = strided<uint8_t>(*always);
+  select_global({view(score), thresholds.data<double>(), scope == "all", block_q, block_k, n_q, n_k, q_start, causal, window,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, besides, inclusive,
+                 output<int32_t>(counts, ScalarType::Int, "counts"), output<int32_t>(indices, ScalarType::Int, "indices")},
+                kParallel);
+}
+
+[[maybe_unused]] void run_js_distance(Tensor out, Tensor p, Tensor q) {
+  expect_size(out, {p.size(0), p.size(1)}, "distance");
+  js_distance({strided<float>(p), strided<float>(q), p.size(0), p.size(1), p.size(2),
+               output<float>(out, ScalarType::Float, "distance")},
+              kParallel);
 }
 
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
-                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor, OptionalTensor, int64_t,
-                                                 OptionalTensor, double) {
+                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor columns,
+                                                 OptionalTensor near, int64_t dense_rows, OptionalTensor order,
+                                                 double pv_threshold) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
-  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int);
+  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int), column(columns, ScalarType::Int);
+  const Flat nears(near, ScalarType::Int), orders(order, ScalarType::Int);
   expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(3)}, "out");
   expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
   SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
   block_sparse_attention({view(q), view(k), view(v), count.data<int32_t>(), index.data<int32_t>(), counts.size(1), counts.size(2),
                           indices.size(3), block_q, block_k, scale, q_start, causal, window, softcap,
-                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), view(out),
-                          output<float>(lse, ScalarType::Float, "lse")},
+                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), column.data<int32_t>(),
+                          columns ? columns->size(1) : 0, columns ? columns->size(2) : 0, nears.data<int32_t>(), dense_rows,
+                          orders.data<int32_t>(), pv_threshold, view(out), output<float>(lse, ScalarType::Float, "lse")},
                          kParallel);
 }
 
@@ -134,10 +201,27 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
   m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
+  m.def("window_score(Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
+        "bool causal, int window, float softcap, Tensor? first, Tensor? last) -> ()");
+  m.impl("window_score", TORCH_BOX(&run_window_score));
+  m.def("strided_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
+        "bool causal, int window, bool rotate, Tensor? first, Tensor? last) -> ()");
+  m.impl("strided_score", TORCH_BOX(&run_strided_score));
   m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, Tensor? top_k, int block_q, "
         "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
         "Tensor? last, Tensor? always, bool inclusive) -> ()");
   m.impl("select_blocks", TORCH_BOX(&run_select_blocks));
+  m.def("pool_blocks(Tensor(a!) out, Tensor x, int block, str kind, Tensor? first, Tensor? last) -> ()");
+  m.impl("pool_blocks", TORCH_BOX(&run_pool_blocks));
+  m.def("pooled_score(Tensor(a!) out, Tensor q_pooled, Tensor k_pooled, Tensor scale, int block_q, int block_k, int n_q, "
+        "int n_k, int q_start, bool causal, int window, Tensor? first, Tensor? last) -> ()");
+  m.impl("pooled_score", TORCH_BOX(&run_pooled_score));
+  m.def("select_global(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor threshold, str scope, int block_q, "
+        "int block_k, int n_q, int n_k, int q_start, bool causal, int window, Tensor? first, Tensor? last, Tensor? always, "
+        "bool inclusive) -> ()");
+  m.impl("select_global", TORCH_BOX(&run_select_global));
+  m.def("js_distance(Tensor(a!) out, Tensor p, Tensor q) -> ()");
+  m.impl("js_distance", TORCH_BOX(&run_js_distance));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");

@@ -43,7 +43,8 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _(outs, lses):
     require(outs.dim() == 5, f"outs must be [P, B, H, Nq, Dv], got {outs.dim()} dimensions")
     require(lses.dtype == torch.float32, f"lses must be float32, got {lses.dtype}; log-sum-exps do not survive a narrower one")
-    require(lses.shape == outs.shape[:4], f"lses {list(lses.shape)} must have outs' {list(outs.shape[:4])}: parts, batch, heads, queries")
+    shape = list(outs.shape[:4])
+    require(list(lses.shape) == shape, f"lses {list(lses.shape)} must have outs' {shape}: parts, batch, heads, queries")
     require(outs.shape[0] > 0, "there is no part to merge; give one or more")
 
 
