@@ -59,8 +59,8 @@ class DualChunk:
     Example:
         >>> DualChunk(chunk=2048, local=256).period
         1792
-        >>> DualChunk(chunk=2048, local=256, trained=2048).factor(16384).item()
-        1.2079...
+        >>> round(DualChunk(chunk=2048, local=256, trained=2048).factor(16384).item(), 4)
+        1.2079
     """
 
     chunk: int
