@@ -1,7 +1,7 @@
 """python -m benchmarks.needle: does a model still find a sentence hidden in a long text when it reads only part of it?
 
-Every case runs dense and with each ``--prefill`` method on the same prompt. One JSON line per case and method; a run that
-was stopped goes on from its file.
+Every case runs dense and with each ``--prefill`` and ``--profile`` on the same prompt. One JSON line per case and method; a run
+that was stopped goes on from its file.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--prefill", action="append", default=[], metavar="NAME", help="method to compare with dense; may be repeated")
     add("--prefill-args", action="append", default=[], metavar="JSON", help="its arguments: once for all, or once per --prefill")
+    add("--profile", action="append", default=[], type=Path, metavar="FILE",
+        help="a calibrated profile of the model to compare with dense; may be repeated")
     add("--no-baseline", action="store_true", help="do not run dense")
     add("--lengths", default="1024,2048,4096,8192,16384,32768", help="prompt lengths in tokens (default: %(default)s)")
     add("--depths", type=int, default=5, help="how many needle depths from start to end (default: %(default)s)")
@@ -82,8 +84,9 @@ def _methods(args: argparse.Namespace) -> list[runner.Method]:
         method.check()
         if method not in methods:
             methods.append(method)
+    methods += [runner.Method.calibrated(path) for path in dict.fromkeys(args.profile)]
     if not methods:
-        raise NeedleError("nothing to run: --no-baseline without --prefill; name a method")
+        raise NeedleError("nothing to run: --no-baseline without --prefill or --profile; name a method")
     return methods
 
 
@@ -146,6 +149,8 @@ def _needle(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     dtype = runner.pick_dtype(args.dtype, device)
     model, tokenizer = runner.load(args.model, device, dtype, args.trust_remote_code)
+    for method in methods:
+        method.require_model(model)
     haystack = runner.make_haystack(tokenizer, text)
     shortest = batches[0][0].length
     for task in {batch[0].task for batch in batches}:

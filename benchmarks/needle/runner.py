@@ -24,10 +24,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Method:
-    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``."""
+    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``.
+
+    With ``profile``, the file of a calibrated profile, ``arguments`` only tell the profile's file name and content.
+    """
 
     name: str = "dense"
     arguments: dict[str, object] = field(default_factory=dict)
+    profile: Path | None = None
+
+    @classmethod
+    def calibrated(cls, path: Path) -> "Method":
+        """The method of a profile; raises NeedleError unless the file holds one."""
+        from sparse_attn.profile import load as load_profile
+
+        try:
+            name = load_profile(path).method
+        except ValueError as error:
+            raise NeedleError(f"--profile: {error}") from error
+        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, path)
 
     def check(self) -> None:
         """Raise NeedleError unless the package knows the name and accepts the arguments."""
@@ -50,6 +65,15 @@ class Method:
         except (ValueError, TypeError) as error:
             raise NeedleError(f"{self.name} refuses {json.dumps(self.arguments)}: {error}") from error
 
+    def require_model(self, model: PreTrainedModel) -> None:
+        """Raise NeedleError if the profile was made for another model; any other method suits any."""
+        if self.profile:
+            try:
+                with self.applied(model):
+                    pass
+            except ValueError as error:
+                raise NeedleError(f"--profile {self.profile}: {error}") from error
+
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[Callable[[], float]]:
         """Run the model with this method inside the block; yields a function that returns the density so far."""
@@ -58,8 +82,8 @@ class Method:
             return
         import sparse_attn
 
-        prefill = {"name": self.name, **self.arguments}
-        with sparse_attn.patch(model, prefill=prefill, dense_below=0) as handle:
+        how = {"profile": self.profile} if self.profile else {"prefill": {"name": self.name, **self.arguments}}
+        with sparse_attn.patch(model, **how, dense_below=0) as handle:
             yield lambda: handle.report().density
 
 
@@ -119,12 +143,12 @@ _ENDS = 1 << 20  # bytes of each end of a file that its identity is read from
 def weights_id(model: str) -> str:
     """Changes when the files of a local model change, the same wherever they lie; empty for a hub id.
 
-    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes.
+    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes. A profile is no part of the model.
     """
     folder = Path(model)
     if not folder.is_dir():
         return ""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and not path.name.startswith("profile_"))
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
