@@ -11,7 +11,7 @@ from rows import attention_cases, randn
 
 from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
-from sparse_attn.patterns import PATTERNS, Dense, XAttention
+from sparse_attn.patterns import PATTERNS, AShape, BigBird, BlockRank, Dense, Duo, Neighborhood, TriangleMix, TriShape, XAttention
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
 
@@ -31,6 +31,14 @@ class PatternRow:
 ROWS = [
     PatternRow(Dense(), Dense(), 1.0, True),
     # closed forms
+    PatternRow(AShape(sink_tokens=20, recent_tokens=70, block=64), AShape(recent_tokens=9999), 0.13, False),
+    PatternRow(BigBird(sink=1, recent=2, random=2, block=64), BigBird(random=9999), 0.15, False),
+    PatternRow(BlockRank(block=64), None, 0.19, True, looks_ahead=True, segments=True),
+    PatternRow(Duo(((False,),) * 4, sink_tokens=20, recent_tokens=70, block=64), Duo(((0.5,),) * 4, sparsity=0.0), 0.13, False),
+    PatternRow(Neighborhood(window=70, block=64), Neighborhood(window=9999), 0.10, False),
+    PatternRow(Neighborhood(window=128, dilation=3, block=32), None, 0.07, False),
+    PatternRow(TriShape(20, 70, 40, block=64), TriShape(20, 70, 9999), 0.14, True, looks_ahead=True),
+    PatternRow(TriangleMix(20, 70, 40, block=64), TriangleMix(start_layer=3), 0.14, True, looks_ahead=True),
     # block scores
     *(
         PatternRow(XAttention(threshold=0.5, stride=s, block=64), XAttention(threshold=1.0, stride=s, block=64), 0.55, True)

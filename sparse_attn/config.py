@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from .errors import ContractError, require
 from .patterns import PATTERNS, Dense
@@ -46,9 +46,7 @@ class SparseAttnConfig:
     def to_json(self) -> dict:
         """The JSON form, as the value that ``json.dumps`` takes; only for methods in PATTERNS."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        name = next((n for n, cls in PATTERNS.items() if type(self.prefill) is cls), None)
-        require(name is not None, f"{type(self.prefill).__name__} has no JSON form; there are {_listed(PATTERNS)}")
-        return _plain(values | {"prefill": {"name": name} | asdict(self.prefill)})
+        return _plain(values)
 
     @classmethod
     def from_json(cls, value: str | dict) -> SparseAttnConfig:
@@ -85,6 +83,8 @@ def as_selector(value: Selector | str | dict) -> Selector:
     unknown = [key for key in arguments if key not in known]
     has = f"it has {_listed(known)}" if known else "it takes none"
     require(not unknown, f"{name} has no argument {unknown[0] if unknown else ''!r}; {has}")
+    nested = [f.name for f in fields(PATTERNS[name]) if isinstance(f.default, Selector) and f.name in arguments]
+    arguments.update({key: as_selector(arguments[key]) for key in nested})
     try:
         return PATTERNS[name](**arguments)
     except ContractError:
@@ -102,7 +102,11 @@ def _listed(names) -> str:
 
 
 def _plain(value):
-    """Tuples as lists, all the way down."""
+    """Tuples as lists and selectors as their JSON form, all the way down."""
+    if isinstance(value, Selector):
+        name = next((n for n, cls in PATTERNS.items() if type(value) is cls), None)
+        require(name is not None, f"{type(value).__name__} has no JSON form; there are {_listed(PATTERNS)}")
+        return {"name": name} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .grade import CaseFile, Row, grade
 from .haystack import Haystack, NeedleError, Prompt
@@ -185,6 +186,29 @@ def _peak_mib(device: torch.device) -> float:
     return kib / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@contextmanager
+def attention_clock(model: PreTrainedModel) -> Iterator[Callable[[], float]]:
+    """Time the attention function that the model calls inside the block, choosing blocks included; yields seconds so far."""
+    name, spent, device = model.config.get_text_config()._attn_implementation, [0.0], model.device
+    inner = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def timed(*args, **kwargs):
+        began = _clock(device)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            spent[0] += _clock(device) - began
+
+    if inner is None:  # eager attention is a function of the modeling file
+        yield lambda: float("nan")
+        return
+    AttentionInterface.register(name, timed)
+    try:
+        yield lambda: spent[0]
+    finally:
+        AttentionInterface.register(name, inner)
+
+
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel, prompts: Sequence[Prompt], method: Method, stop: Sequence[int], chunk: int | None = None
@@ -192,7 +216,7 @@ def answer(
     """Greedy answers to prompts of one length, and what reading and writing cost.
 
     Returns:
-        Token ids per prompt, and density, prefill_s, decode_s, peak_mib.
+        Token ids per prompt, and density, prefill_s, attention_s (its share spent in attention), decode_s, peak_mib.
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
     steps = max(prompt.answer_tokens for prompt in prompts)
@@ -200,12 +224,13 @@ def answer(
         torch.cuda.reset_peak_memory_stats(model.device)
     with method.applied(model) as density:
         began, cache = _clock(model.device), None
-        for piece in ids.split(chunk or ids.shape[1], dim=1):
-            out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+        with attention_clock(model) as attention:
+            for piece in ids.split(chunk or ids.shape[1], dim=1):
+                out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         read = _clock(model.device)
-        figures: Row = {"density": density()}
+        figures: Row = {"density": density(), "attention_s": attention()}
         resumed = _clock(model.device)
         written = [token]
         ended = torch.isin(token, torch.tensor(stop, device=token.device))

@@ -1,11 +1,24 @@
 """Every pattern by name; the command lines, the JSON form and the tests read this table."""
 
+from .a_shape import AShape
+from .bigbird import BigBird
+from .block_rank import BlockRank
 from .dense import Dense
+from .duo import Duo
+from .neighborhood import Neighborhood
+from .tri_shape import TriangleMix, TriShape
 from .xattention import XAttention
 
 PATTERNS = {
     "dense": Dense,
     # closed forms
+    "a_shape": AShape,
+    "bigbird": BigBird,
+    "block_rank": BlockRank,
+    "duo": Duo,
+    "neighborhood": Neighborhood,
+    "tri_shape": TriShape,
+    "triangle_mix": TriangleMix,
     # block scores
     "xattention": XAttention,
     # probes
