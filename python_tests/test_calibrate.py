@@ -162,29 +162,36 @@ def test_a_head_that_needs_only_its_own_and_the_first_block_gets_threshold_0():
     assert search.entries([search.see(*call(q, k), [])]) == [0.0]
 
 
-def test_thresholds_reach_the_mass_asked_for_where_the_cut_alone_does_not():
+def looking_back():
     """Every query finds its own key, only the last 64 an earlier one: 1 / 16 of the map's mass, all of theirs."""
     q, kv, ctx = random_call(1024, 1024)
-    q = 6 * kv.k.repeat_interleave(2, 1) + 0.5 * q
-    q[:, :, -64:] = 6 * kv.k.repeat_interleave(2, 1)[:, :, 301:365]
-    exact = Exact.of(q, kv, ctx)
+    own = 6 * kv.k.repeat_interleave(2, 1)
+    q = own + 0.5 * q
+    q[:, :, -64:] = own[:, :, 301:365]
+    return q, kv, ctx
 
+
+def retained_at(row: list[float], start: int) -> torch.Tensor:
+    q, kv, ctx = looking_back()
+    return Exact.of(q, kv, ctx).retained(XAttention(threshold=(tuple(row),), stride=8, block=64).select(q, kv, ctx), start)
+
+
+def test_thresholds_reach_the_mass_asked_for_from_the_start_that_was_said():
     def searched(start: int) -> list[float]:
         search = ThresholdSearch(mass=0.9, start=start, block=64)
-        return search.entries([search.see(q, kv, ctx, [])])
+        return search.entries([search.see(*looking_back(), [])])
 
-    def retained(row: list[float], start: int) -> torch.Tensor:
-        return exact.retained(XAttention(threshold=(tuple(row),), stride=8, block=64).select(q, kv, ctx), start)
+    whole, end = searched(0), searched(960)
+    assert (retained_at(whole, 0) >= 0.9).all() and (retained_at(whole, 960) < 0.5).all()
+    assert (retained_at(end, 960) >= 0.9).all() and max(end) < 1
 
-    table = searched(960)
-    assert (retained(table, 960) >= 0.9).all() and max(table) < 1
-    assert (retained(searched(0), 0) >= 0.9).all() and (retained(searched(0), 960) < 0.5).all()
-    search, index = ThresholdSearch(mass=0.9, block=64), empty_index(q, kv, ctx, 64)
-    score = sparse_attn.ops.antidiagonal_score(q, kv.k, 64, 64, 8, ctx.scale)
-    mass = exact.block_mass(64)
-    mass[:, :, :15] = 0
-    cut = search._profiled(score, mass, index, index.reachable(sink=1, recent=1))
-    print(table, cut, retained(cut.tolist(), 960))
+
+def test_a_threshold_that_keeps_too_little_is_raised_and_no_further_than_needed(monkeypatch):
+    monkeypatch.setattr(ThresholdSearch, "_profiled", lambda *_: torch.tensor([0.0, 0.1, 0.0, 1.0], dtype=torch.float64))
+    search = ThresholdSearch(mass=0.9, start=960, block=64)
+    raised = search.entries([search.see(*looking_back(), [])])
+    assert raised[3] == 1 and max(raised[:3]) < 1 and (retained_at(raised, 960) >= 0.9).all()
+    assert (retained_at([t - 2**-6 for t in raised], 960)[:3] < 0.9).all()
 
 
 def test_of_several_texts_the_largest_threshold_counts():
@@ -195,13 +202,17 @@ def test_of_several_texts_the_largest_threshold_counts():
 # -- retrieval heads --------------------------------------------------------------------------------------------------------
 
 
+def near_codes(n: int) -> torch.Tensor:
+    """``[n, 12]`` codes of positions that only neighbours share."""
+    wave = torch.arange(n)[:, None] / torch.tensor([3.0, 7.0, 17.0, 41.0, 97.0, 211.0])
+    return torch.cat([wave.cos(), wave.sin()], 1)
+
+
 def retrieval_and_local():
     """Two key heads with two query heads each: the first group's last queries look far back, the second's look at themselves."""
-    n, wave = 600, torch.arange(600)[:, None] / torch.tensor([2.0, 5.0, 11.0, 23.0])
-    near = torch.cat([wave.cos(), wave.sin()], 1)
-    q, k = torch.zeros(1, 4, n, 16), torch.zeros(1, 2, n, 16)
-    q[..., :8], k[..., :8] = 8 * near, near
-    k[:, 0, 150, 8], q[:, :2, -20:, 8] = 60.0, 1.0
+    q, k = torch.zeros(1, 4, 600, 16), torch.zeros(1, 2, 600, 16)
+    q[..., :12], k[..., :12] = 40 * near_codes(600), near_codes(600)
+    k[:, 0, 150, 12], q[:, :2, -20:, 12] = 1.0, 400.0
     return call(q, k)
 
 
@@ -226,9 +237,7 @@ def test_duo_ranks_a_retrieval_head_above_a_local_one():
 def planted_heads(n: int = 1024):
     """One head each that is local, has vertical stripes, and attends from block to block."""
     q, k = torch.zeros(1, 3, n, 64), torch.zeros(1, 3, n, 64)
-    wave = torch.arange(n)[:, None] / torch.tensor([3.0, 7.0, 17.0, 41.0, 97.0, 211.0])
-    near = torch.cat([wave.cos(), wave.sin()], 1)
-    q[0, 0, :, :12], k[0, 0, :, :12] = 30 * near, near
+    q[0, 0, :, :12], k[0, 0, :, :12] = 30 * near_codes(n), near_codes(n)
     stripes = torch.arange(40, n, 37)
     q[0, 1, :, 0], k[0, 1, stripes, 0] = 100.0, 1.0
     codes, of_key = torch.nn.functional.one_hot(torch.arange(16), 64).float(), torch.arange(n) // 64
