@@ -38,6 +38,7 @@ OVERHEAD_CALLS = 200
 MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 2048 and 4096 alike)
 _GATE = 2.0  # times torch's own error
 _GATE_SCORE = 1e-2  # relative rms; a share only ranks
+_GATE_POOLED = 1e-5  # relative rms of float32 arithmetic
 _EXACT_SCORE_ROWS = 2048  # tokens; the float64 score of a longer call takes minutes
 
 
@@ -200,6 +201,35 @@ def _score_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
                     baselines(shape, args))
 
 
+def _pooled_lists(shape: Shape, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What choosing blocks from pooled queries and keys costs: pool both, score, select."""
+    q, k, _ = shape.tensors
+    q_pooled, k_pooled = (ops.pool_blocks(x, shape.block, "mean") for x in (q, k))
+    score = ops.pooled_score(q_pooled, k_pooled, torch.full((1, shape.heads), shape.scale), shape.block, shape.block, shape.n, shape.n)
+    return ops.select_blocks(score, threshold, None, shape.block, shape.block, shape.n, shape.n)
+
+
+def pooled_error(shape: Shape) -> float:
+    """rms error of the pooled scores against the same formulas in float64."""
+    q, k, _ = shape.tensors
+    q_pooled, k_pooled = (ops.pool_blocks(x, shape.block, "mean") for x in (q, k))
+    q_exact, k_exact = (ops.pool_blocks.reference(x.double(), shape.block, "mean") for x in (q, k))
+    rest = torch.full((1, shape.heads), shape.scale), shape.block, shape.block, shape.n, shape.n
+    exact = ops.pooled_score.reference(q_exact.double(), k_exact.double(), *rest)
+    error = rms_error(ops.pooled_score(q_pooled, k_pooled, *rest), exact)
+    if not error <= _GATE_POOLED:
+        raise GateError(f"pooled_score at {shape.n} tokens is off by {error:.2e} (rms, relative), more than {_GATE_POOLED:.0e}; "
+                        "fix the kernel before timing it")
+    return error
+
+
+def _pooled_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
+    q, _, _ = shape.tensors
+    threshold = torch.full((shape.heads,), 0.9, dtype=torch.float64)
+    fields = {"rule": "threshold 0.9", "rms_error": pooled_error(shape), "backend": OPS["pool_blocks"].chosen(q, shape.block, "mean")}
+    yield Entry("pooled_score", functools.partial(_pooled_lists, shape, threshold), fields, against=baselines(shape, args, rate=False))
+
+
 def _select_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     q, k, _ = shape.tensors
     score = ops.antidiagonal_score(q, k, shape.block, shape.block, STRIDES[0], shape.scale)
@@ -237,7 +267,11 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     index, edges = random_lists(one, 1.0), (one.block, one.block)
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
+        "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
+        "pool_blocks": (q, one.block, "mean"),
+        "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
+        "select_global": (torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.float64), "head", *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),
     }
     for name, call_args in few.items():
@@ -264,6 +298,7 @@ def _repeat(call: Callable, call_args: tuple) -> Callable:
 PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "block_sparse_attention": _attention_calls,
     "antidiagonal_score": _score_calls,
+    "pooled_score": _pooled_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,

@@ -50,6 +50,16 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const Worker& worke
   parallel.run([](void* s) { static_cast<State*>(s)->worker(static_cast<State*>(s)->queue); }, &state);
 }
 
+// Read with broadcasting: the stride of a dimension of size 1 is 0; null for none.
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t stride[4];
+  T at(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
+    return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
+  }
+};
+
 struct AntidiagonalScore {
   View q, k;
   int64_t block_q, block_k, stride;
@@ -64,15 +74,6 @@ struct AntidiagonalScore {
 void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
 
 struct SelectBlocks {
-  // read with broadcasting: the stride of a dimension of size 1 is 0; null for none
-  template <class T>
-  struct Strided {
-    const T* data;
-    int64_t stride[4];
-    T at(int64_t b, int64_t h, int64_t i, int64_t j = 0) const {
-      return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
-    }
-  };
   View score;               // fp32 [B, H, Qb, Kb]
   const double* threshold;  // [H], or null for top_k
   Strided<int32_t> top_k;   // [B, H, Qb]
@@ -86,6 +87,50 @@ struct SelectBlocks {
   int32_t* indices;  // [B, H, Qb, Kb], contiguous
 };
 void select_blocks(const SelectBlocks& args, const Parallel& parallel);
+
+enum class Pool { mean, max, min, unit_mean };
+
+struct PoolBlocks {
+  View x;
+  int64_t block;
+  Pool kind;
+  Padding padding;
+  float* out;  // [B, H, ceil(N / block), D], contiguous
+};
+void pool_blocks(const PoolBlocks& args, const Parallel& parallel);
+
+struct PooledScore {
+  View q_pooled, k_pooled;  // fp32
+  Strided<float> scale;     // [B, H]
+  int64_t block_q, block_k, n_q, n_k, q_start;
+  bool causal;
+  int64_t window;
+  Padding padding;
+  float* out;  // [B, H, Qb, Kb], contiguous
+};
+void pooled_score(const PooledScore& args, const Parallel& parallel);
+
+struct SelectGlobal {
+  View score;               // fp32 [B, H, Qb, Kb]
+  const double* threshold;  // [H]
+  bool all_heads;           // one budget for all heads of a batch row
+  int64_t block_q, block_k, n_q, n_k, q_start;
+  bool causal;
+  int64_t window;
+  Padding padding;
+  Strided<uint8_t> always;  // [B, H, Qb, Kb]
+  bool inclusive;
+  int32_t* counts;   // [B, H, Qb], contiguous
+  int32_t* indices;  // [B, H, Qb, Kb], contiguous
+};
+void select_global(const SelectGlobal& args, const Parallel& parallel);
+
+struct JsDistance {
+  Strided<float> p, q;  // [B, H, N]
+  int64_t batch, heads, n;
+  float* out;  // [B, H], contiguous
+};
+void js_distance(const JsDistance& args, const Parallel& parallel);
 
 struct BlockSparseAttention {
   View q, k, v;

@@ -25,4 +25,21 @@ inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t q_start, bool c
   return {r0, r1 - r0, first, end - first, q_start + r0 - first};
 }
 
+// Key blocks of a query block: [low, high] is reachable, [own, high] its own diagonal; as reach() in sparse_attn/ops/spans.py.
+struct Reach {
+  int64_t low, own, high;
+};
+
+// Args is an op's struct with block_q, block_k, causal and window
+template <class Args>
+Reach reach(const Args& a, const Span& span, int64_t block) {
+  const int64_t start = block * a.block_q, end = std::min(start + a.block_q, span.n_q);
+  if (!a.causal) {
+    const int64_t blocks = (span.n_k + a.block_k - 1) / a.block_k;
+    return {0, blocks, blocks - 1};
+  }
+  const int64_t oldest = a.window ? std::max<int64_t>(0, span.q_start + start - a.window + 1) : 0;
+  return {oldest / a.block_k, (span.q_start + start) / a.block_k, (span.q_start + end - 1) / a.block_k};
+}
+
 }  // namespace SA_NAMESPACE

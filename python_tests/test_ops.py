@@ -195,7 +195,8 @@ def selection_cases(draw) -> dict:
     always = draw(st.sampled_from([None, score.flip(0) > 0.8, score[:, :1, :, :] > 0.5]))
     most = [None, torch.tensor([[[1]]]), torch.randint(0, 5, shape[:3], generator=g), torch.arange(heads)[None, :, None]][top_k]
     return dict({name: case[name] for name in keys}, score=score, threshold=None if top_k else shares,
-                top_k=most.int() if top_k else None, n_q=n_q, n_k=n_k, always=always, inclusive=draw(st.booleans()), sink=draw(st.sampled_from([1, 0, 2])), recent=draw(st.sampled_from([1, 0, 2])) if case["causal"] else 0)
+                top_k=most.int() if top_k else None, n_q=n_q, n_k=n_k, always=always, inclusive=draw(st.booleans()),
+                sink=draw(st.sampled_from([1, 0, 2])), recent=draw(st.sampled_from([1, 0, 2])) if case["causal"] else 0)
 
 
 @op_backends("select_blocks")

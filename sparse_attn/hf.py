@@ -32,9 +32,10 @@ from . import ops
 from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .errors import ContractError, NotServed, require
-from .handle import PATCHED, Handle, layer_of
+from .handle import PATCHED, Handle, Patched, layer_of
 from .layout import Layout, allowed_traced, encode, layout_of
 from .masked import masked_attention, only_listed
+from .own_blocks import OwnBlocks
 from .patterns import PATTERNS, Dense
 from .profile import ModelId, Profile
 from .profile import load as load_profile
@@ -60,7 +61,12 @@ class _Call:
     softcap: float
     sinks: Tensor | None
     kwargs: dict
-    log: LayerLog | None
+    patched: Patched | None
+    segment_ids: Tensor | None
+
+    @property
+    def log(self) -> LayerLog | None:
+        return self.patched.log if self.patched else None
 
     def by_sdpa(self, mask: Tensor | None, causal: bool, reason: str, n_seen: int | None = None) -> Tensor:
         """Exactly what transformers' sdpa would return, or its eager formula where SDPA has no word for it."""
@@ -87,8 +93,8 @@ class _Call:
             return self.by_sdpa(layout.allowed(n_q, self.q.device), False, reason, n_seen)
         return self.by_sdpa(None, True, reason, n_seen)
 
-    def by_selector(self, layout: Layout, selector: Selector) -> Tensor:
-        """Over what the selector chooses."""
+    def by_selector(self, layout: Layout, selector: Selector, instead_of: Selector | None = None) -> Tensor:
+        """Over what the selector chooses; ``instead_of`` names the method that the model left no choice."""
         attended = self._attend(layout, selector)
         if self.log is not None and not torch.compiler.is_compiling():
             if attended.plan.blocks is None:
@@ -97,7 +103,10 @@ class _Call:
             else:
                 density = attended.plan.head_density()
                 density = density.repeat_interleave(self.q.shape[1] // len(density))
-                self.log.sparse(*self._backend(attended, layout), density, self.q.shape[2], layout.q_start + self.q.shape[2])
+                backend, refusals = self._backend(attended, layout)
+                if instead_of is not None:
+                    refusals.append(f"{type(instead_of).__name__}: the model chooses its own key blocks, and those were read")
+                self.log.sparse(backend, refusals, density, self.q.shape[2], layout.q_start + self.q.shape[2])
         return attended.out.transpose(1, 2).contiguous()
 
     def ours_can(self) -> str | None:
@@ -113,8 +122,25 @@ class _Call:
         return None
 
     def _context(self, layout: Layout) -> LayerContext:
+        config = getattr(self.module, "config", None)
+        told = 0 if getattr(config, "is_encoder_decoder", False) else getattr(config, "num_hidden_layers", 0)
         return LayerContext(layer_of(self.module), self.scale, layout.q_start, True, layout.first, layout.last, layout.window,
-                            self.softcap, self.sinks)
+                            self.softcap, self.sinks, self.patched.n_layers if self.patched else told, self._segments(layout),
+                            self.patched.forward.carry if self.patched else None)
+
+    def _segments(self, layout: Layout) -> Tensor | None:
+        """The documents of these keys and of what follows them in the prompt."""
+        ids, before = self.segment_ids, self.patched.forward.segments if self.patched else None
+        require(ids is None or before is None, "segment_ids came twice, from handle.segments and with the call; give them once")
+        ids = before if ids is None else ids
+        if ids is None:
+            return None
+        batch, end = self.q.shape[0], layout.offset + layout.n_seen
+        require(ids.dim() == 2 and ids.shape[0] == batch,
+                f"segment ids {list(ids.shape)} do not fit a prompt of {batch} rows; give [{batch}, N], beams being rows of their own")
+        require(ids.shape[1] >= end, f"segment ids cover {ids.shape[1]} of {end} tokens; give one per token, -1 for no document")
+        ids = ids[:, layout.offset :].to(self.q.device, torch.int32)
+        return torch.nn.functional.pad(ids, (0, max(0, layout.n_k - ids.shape[1])), value=-1)
 
     def _attend(self, layout: Layout, selector: Selector) -> Attended:
         return sparse_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector)
@@ -140,12 +166,14 @@ class _Call:
 def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
                softcap: float | None = None, s_aux: Tensor | None = None, sinks: Tensor | None = None,
-               indices: Tensor | None = None, block_indices: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+               indices: Tensor | None = None, block_indices: Tensor | None = None, segment_ids: Tensor | None = None,
+               **kwargs) -> tuple[Tensor, None]:
     """The attention function: ``[B, Nq, H, Dv]`` and no weights."""
     patched = module.__dict__.get("_sparse_attn")
-    config, log = (patched.config, patched.log) if patched else (default, None)
+    config = patched.config if patched else default
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, log)
+    call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, patched,
+                 segment_ids)
     n_q, n_k = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     chosen = indices if indices is not None else block_indices
@@ -168,7 +196,12 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
     else:
         refusal = refusal or "its mask is not plain causal, sliding or padded"
     if chosen is not None:
-        refusal = "the model chooses its own keys"
+        why = refusal or ("token by token" if block_indices is None else _why_masked(module, block_indices, layout))
+        short = _too_short(config, n_q, layout.n_seen if layout else n_k)
+        if why is None and short is None and n_q > 1:
+            own = OwnBlocks(block_indices, module.indexer.block_size)
+            return call.by_selector(layout, own, None if isinstance(config.prefill, Dense) else config.prefill), None
+        refusal = f"the model chooses its own keys ({short or why or 'decoding'})"
         attention_mask = layout.allowed(n_q, query.device) if layout else attention_mask
         if indices is not None:
             attention_mask = only_listed(attention_mask, indices, n_k)
@@ -194,10 +227,28 @@ def _why_dense(config: SparseAttnConfig, module: torch.nn.Module, n_q: int, n_k:
         return "prefill is dense"
     if layer_of(module) in config.dense_layers:
         return "layer is in dense_layers"
+    return _too_short(config, n_q, n_k)
+
+
+def _too_short(config: SparseAttnConfig, n_q: int, n_k: int) -> str | None:
+    """Why reading less would not pay; None if it would."""
     if n_q < config.min_queries:
         return f"fewer than {config.min_queries} queries"
     if n_k < config.dense_below:
         return f"fewer than {config.dense_below} keys"
+    return None
+
+
+def _why_masked(module: torch.nn.Module, block_indices: Tensor, layout: Layout | None) -> str | None:
+    """Why the key blocks that a model chose cannot be walked as they are; None if they can."""
+    if torch.compiler.is_compiling():
+        return "inside a compiled graph"
+    if not isinstance(getattr(module.indexer, "block_size", None), int):
+        return "its indexer has no block_size"
+    if layout is None:
+        return "its mask is not plain causal, sliding or padded"
+    if layout.first is not None:
+        return "left padding shifts the blocks it counts from key 0"
     return None
 
 
@@ -305,23 +356,31 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
     for cls in (type(model), type(tower)):
         require(cls._can_set_attn_implementation(), f"{cls.__name__} computes attention itself and cannot be driven; "
                 "it does not use transformers' attention interface")
-    modules = {name: m for name, m in tower.named_modules() if _is_attention(m)}
+    modules = _attention_of(tower)
     require(bool(modules), f"{type(tower).__name__} has no attention layer to patch")
     require(not any("_sparse_attn" in m.__dict__ for m in modules.values()),
             f"this {type(model).__name__} is patched already; call undo() on its handle first")
-    n_layers = _n_layers(tower)
+    n_layers = 1 + max(layer_of(m) for m in modules.values())
     over = [i for i in config.dense_layers if i >= n_layers]
     require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
     if profile is not None:
-        profile.require_model(ModelId.of(tower, n_layers))
+        profile.require_model(model_id(model))
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return Handle(modules, list(configs.values()), config)
+    return Handle(_around(tower, modules), modules, list(configs.values()), config)
+
+
+def _around(tower: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """The smallest model that holds all ``layers``: its forward runs whether it is called itself or by a head on top."""
+    wanted = set(layers.values())
+    return [m for m in tower.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())][-1]
 
 
 def model_id(model: PreTrainedModel) -> ModelId:
     """What a profile says about the model it was made for."""
     tower = _text_model(model)
-    return ModelId.of(tower, _n_layers(tower))
+    modules = _attention_of(tower)
+    require(bool(modules), f"{type(tower).__name__} has no attention layer to calibrate")
+    return ModelId.of(_around(tower, modules), 1 + max(layer_of(m) for m in modules.values()))
 
 
 def load(path: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -372,10 +431,6 @@ class _Looking:
         return ReadPlan()
 
 
-def _n_layers(tower: PreTrainedModel) -> int:
-    return 1 + max((layer_of(m) for m in tower.modules() if _is_attention(m)), default=-1)
-
-
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a composite model that reads text; the model itself otherwise."""
     try:
@@ -387,8 +442,9 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text), model)
 
 
-def _is_attention(module: torch.nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+def _attention_of(tower: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Its attention modules by path."""
+    return {name: m for name, m in tower.named_modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")}
 
 
 def _register() -> None:

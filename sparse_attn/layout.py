@@ -45,6 +45,7 @@ class Layout:
         n_k: keys.
         n_seen: one past the last key that is real in any row.
         window: sliding window in tokens, 0 for none.
+        offset: position of key 0 in the prompt; not 0 where a sliding cache has let go of the first keys.
         real: bool ``[B, n_k]``; None if every key is real.
         first, last: int32 ``[B]`` the run of real keys of each row; None where it starts at 0, or ends at n_k, in every row.
         holes: some row's real keys are not one run, so ``first`` and ``last`` cannot describe them.
@@ -58,6 +59,7 @@ class Layout:
     first: Tensor | None = None
     last: Tensor | None = None
     holes: bool = False
+    offset: int = 0
     _allowed: dict = field(default_factory=dict, repr=False)
 
     def plain(self, n_q: int) -> bool:
@@ -115,4 +117,4 @@ def _read(mask: Tensor, n_q: int, n_k: int) -> Layout:
         q_start, window = (code & _MASK) - (mask.shape[1] - n_k), (code >> _FIELD) & _MASK
     starts_whole, ends_whole = latest_first == 0, earliest_last == n_k
     return Layout(q_start, n_k, n_seen, window, None if starts_whole and ends_whole and not holes else real,
-                  None if starts_whole else first.int(), None if ends_whole else last.int(), bool(holes))
+                  None if starts_whole else first.int(), None if ends_whole else last.int(), bool(holes), mask.shape[1] - n_k)

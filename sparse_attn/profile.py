@@ -44,7 +44,7 @@ class ModelId:
 
     @classmethod
     def of(cls, model: torch.nn.Module, layers: int) -> ModelId:
-        """Of a transformers text model with so many layers."""
+        """Of a transformers text model without its head, with so many layers."""
         config = model.config
         heads = config.num_attention_heads
         name = getattr(config, "_name_or_path", "") or ""

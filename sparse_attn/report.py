@@ -16,7 +16,7 @@ class LayerLog:
     layer: int
     calls: Counter = field(default_factory=Counter)  # (what ran, how it was computed) -> calls
     reasons: Counter = field(default_factory=Counter)  # why a call ran dense -> calls
-    refusals: set[str] = field(default_factory=set)  # why a faster backend did not compute a sparse call
+    refusals: set[str] = field(default_factory=set)  # why a faster backend, or the method itself, had no part in a sparse call
     heads: int = 0
     read: Tensor | None = None  # float64 [H], sum over sparse calls of weight * density
     whole: float = 0.0  # sum over dense calls of weight
@@ -70,7 +70,7 @@ class LayerReport:
         head_density: the same, per query head; empty before the first prefill.
         sparse_calls, dense_calls, decode_calls: prefill calls that read part, that read everything, and single-token calls.
         reasons: why calls ran dense -> how many.
-        refusals: why faster backends did not run the sparse calls.
+        refusals: why faster backends, or the method itself where the model chooses its own keys, had no part in sparse calls.
     """
 
     layer: int

@@ -36,7 +36,8 @@ class LayerContext:
         softcap: bound on the logits; 0 for none.
         sinks: learned sink logits ``[H]``; None for none.
         n_layers: attention layers of the model; 0 where nobody said.
-        segments: int32 ``[B, Nk]`` document of each key, rising from 0, -1 for keys of no document; None where nobody said.
+        segments: int32 ``[B, >= Nk]`` document of each key and, where known, of the prompt after it; rising from 0, -1 for tokens
+            of no document; None where nobody said.
         carry: what one layer leaves for the next of the same forward (a method keys it by its own name); None outside a
             patched model.
     """

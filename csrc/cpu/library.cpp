@@ -65,8 +65,8 @@ T* output(const Tensor& t, ScalarType dtype, const char* name) {
 
 // element (b, h, i, j) of a tensor of up to four dimensions that was expanded to them
 template <class T>
-SelectBlocks::Strided<T> strided(const Tensor& t) {
-  SelectBlocks::Strided<T> s{static_cast<const T*>(t.data_ptr()), {}};
+Strided<T> strided(const Tensor& t) {
+  Strided<T> s{static_cast<const T*>(t.data_ptr()), {}};
   for (int i = 0; i < t.dim(); ++i) s.stride[i] = t.size(i) == 1 ? 0 : t.stride(i);
   return s;
 }
@@ -99,14 +99,56 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
   expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
   expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
-  SelectBlocks::Strided<int32_t> most{};
-  SelectBlocks::Strided<uint8_t> besides{};
+  Strided<int32_t> most{};
+  Strided<uint8_t> besides{};
   if (top_k) most = strided<int32_t>(*top_k);
   if (always) besides = strided<uint8_t>(*always);
-  select_blocks({view(score), thresholds.data<double>(), most, besides, inclusive, block_q, block_k, n_q, n_k, q_start, causal, window, sink, recent,
-                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<int32_t>(counts, ScalarType::Int, "counts"),
-                 output<int32_t>(indices, ScalarType::Int, "indices")},
+  select_blocks({view(score), thresholds.data<double>(), most, besides, inclusive, block_q, block_k, n_q, n_k, q_start, causal,
+                 window, sink, recent, {firsts.data<int32_t>(), lasts.data<int32_t>()},
+                 output<int32_t>(counts, ScalarType::Int, "counts"), output<int32_t>(indices, ScalarType::Int, "indices")},
                 kParallel);
+}
+
+[[maybe_unused]] void run_pool_blocks(Tensor out, Tensor x, int64_t block, std::string kind, OptionalTensor first,
+                                      OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  const Pool pool = kind == "max" ? Pool::max : kind == "min" ? Pool::min : kind == "unit_mean" ? Pool::unit_mean : Pool::mean;
+  expect_size(out, {x.size(0), x.size(1), ceil_div(x.size(2), block), x.size(3)}, "pooled");
+  pool_blocks({view(x), block, pool, {firsts.data<int32_t>(), lasts.data<int32_t>()},
+               output<float>(out, ScalarType::Float, "pooled")},
+              kParallel);
+}
+
+[[maybe_unused]] void run_pooled_score(Tensor out, Tensor q_pooled, Tensor k_pooled, Tensor scale, int64_t block_q,
+                                       int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, int64_t window,
+                                       OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q_pooled.size(0), q_pooled.size(1), q_pooled.size(2), k_pooled.size(2)}, "shares");
+  pooled_score({view(q_pooled), view(k_pooled), strided<float>(scale), block_q, block_k, n_q, n_k, q_start, causal, window,
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "shares")},
+               kParallel);
+}
+
+[[maybe_unused]] void run_select_global(Tensor counts, Tensor indices, Tensor score, Tensor threshold, std::string scope,
+                                        int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k, int64_t q_start, bool causal,
+                                        int64_t window, OptionalTensor first, OptionalTensor last, OptionalTensor always,
+                                        bool inclusive) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), thresholds(threshold, ScalarType::Double);
+  expect_size(counts, {score.size(0), score.size(1), score.size(2)}, "counts");
+  expect_size(indices, {score.size(0), score.size(1), score.size(2), score.size(3)}, "indices");
+  Strided<uint8_t> besides{};
+  if (always) besides = strided<uint8_t>(*always);
+  select_global({view(score), thresholds.data<double>(), scope == "all", block_q, block_k, n_q, n_k, q_start, causal, window,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, besides, inclusive,
+                 output<int32_t>(counts, ScalarType::Int, "counts"), output<int32_t>(indices, ScalarType::Int, "indices")},
+                kParallel);
+}
+
+[[maybe_unused]] void run_js_distance(Tensor out, Tensor p, Tensor q) {
+  expect_size(out, {p.size(0), p.size(1)}, "distance");
+  js_distance({strided<float>(p), strided<float>(q), p.size(0), p.size(1), p.size(2),
+               output<float>(out, ScalarType::Float, "distance")},
+              kParallel);
 }
 
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
@@ -138,6 +180,17 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
         "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
         "Tensor? last, Tensor? always, bool inclusive) -> ()");
   m.impl("select_blocks", TORCH_BOX(&run_select_blocks));
+  m.def("pool_blocks(Tensor(a!) out, Tensor x, int block, str kind, Tensor? first, Tensor? last) -> ()");
+  m.impl("pool_blocks", TORCH_BOX(&run_pool_blocks));
+  m.def("pooled_score(Tensor(a!) out, Tensor q_pooled, Tensor k_pooled, Tensor scale, int block_q, int block_k, int n_q, "
+        "int n_k, int q_start, bool causal, int window, Tensor? first, Tensor? last) -> ()");
+  m.impl("pooled_score", TORCH_BOX(&run_pooled_score));
+  m.def("select_global(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor threshold, str scope, int block_q, "
+        "int block_k, int n_q, int n_k, int q_start, bool causal, int window, Tensor? first, Tensor? last, Tensor? always, "
+        "bool inclusive) -> ()");
+  m.impl("select_global", TORCH_BOX(&run_select_global));
+  m.def("js_distance(Tensor(a!) out, Tensor p, Tensor q) -> ()");
+  m.impl("js_distance", TORCH_BOX(&run_js_distance));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");

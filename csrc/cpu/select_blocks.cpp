@@ -1,45 +1,21 @@
 // Block lists from block scores, row by row and without a full sort.
 //
-// Candidates fall into buckets by the leading bits of their score, counted down from the row's largest: 8 buckets an octave.
-// Buckets are sorted one by one from the top, and only until the rule is satisfied, so a row costs one pass over its scores
-// plus a sort of what it keeps. Mass is summed in double in exactly the reference's order.
+// Candidates are visited by falling score only until the rule is satisfied, see falling.h. Mass is summed in double in exactly
+// the reference's order.
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
-#include <utility>
 
 #include "../checks.h"
 #include "../ops.h"
 #include "../spans.h"
+#include "falling.h"
 #include "simd.h"
 
 namespace SA_NAMESPACE {
 namespace {
 
-constexpr int kRows = 16;         // rows per task
-constexpr int kBuckets = 256;     // 32 octaves; what is smaller shares the last bucket
-constexpr int kBucketShift = 20;  // of a float's bits: leaves 3 bits of mantissa
-
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
-// [low, high] is reachable, [own, high] the query block's own diagonal; as reach() in sparse_attn/ops/spans.py
-struct Reach {
-  int64_t low, own, high;
-};
-
-Reach reach(const SelectBlocks& a, const Span& span, int64_t block) {
-  const int64_t start = block * a.block_q, end = std::min(start + a.block_q, span.n_q);
-  if (!a.causal) {
-    const int64_t last = floor_div(span.n_k + a.block_k - 1, a.block_k) - 1;
-    return {0, last + 1, last};
-  }
-  const int64_t oldest = a.window ? std::max<int64_t>(0, span.q_start + start - a.window + 1) : 0;
-  return {oldest / a.block_k, (span.q_start + start) / a.block_k, floor_div(span.q_start + end - 1, a.block_k)};
-}
-
-// falling score, then rising block, as rising 64-bit numbers
-uint64_t rank_of(float score, int64_t block) { return uint64_t(~bits_from_float(score)) << 32 | uint32_t(block); }
-int64_t block_of(uint64_t rank) { return uint32_t(rank); }
+constexpr int kRows = 16;  // rows per task
 
 class Worker {
  public:
@@ -125,24 +101,9 @@ class Worker {
   template <class Visit>
   void falling(int64_t first, int64_t last, const Visit& visit) {
     if (first >= last) return;
-    float top = 0;
-    for (int64_t j = first; j < last; ++j) top = std::max(top, score_[j]);
-    const int32_t top_bits = static_cast<int32_t>(bits_from_float(top));
-    const auto bucket = [&](int64_t j) {
-      return std::min(kBuckets - 1, (top_bits - static_cast<int32_t>(bits_from_float(score_[j]))) >> kBucketShift);
-    };
-    uint32_t end_of[kBuckets] = {};
-    for (int64_t j = first; j < last; ++j) ++end_of[bucket(j)];
-    uint32_t before = 0;
-    for (uint32_t& end : end_of) before += std::exchange(end, before);
-    for (int64_t j = first; j < last; ++j) sorted_[end_of[bucket(j)]++] = rank_of(score_[j], j);
-    uint32_t at = 0;
-    for (const uint32_t end : end_of) {
-      if (at == end) continue;
-      std::sort(sorted_ + at, sorted_ + end);
-      for (; at < end; ++at)
-        if (!visit(block_of(sorted_[at]))) return;
-    }
+    visit_falling([&](const auto& see) {
+      for (int64_t j = first; j < last; ++j) see(score_[j], j);
+    }, sorted_, visit);
   }
 
   const SelectBlocks& a_;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .registry import op
 
 
@@ -25,8 +26,9 @@ def js_distance(p: Tensor, q: Tensor) -> Tensor:
     Raises:
         ContractError: on mismatched shapes or dtypes.
     """
-    m = ((p + q) / 2).double()
-    parts = torch.xlogy(p.double(), p / m) + torch.xlogy(q.double(), q / m)
+    p, q = p.double(), q.double()
+    m = (p + q) / 2
+    parts = torch.xlogy(p, p / m) + torch.xlogy(q, q / m)
     return (parts.masked_fill(m == 0, 0.0).sum(-1).clamp(min=0) / 2).sqrt().float()
 
 
@@ -40,3 +42,6 @@ def _(p, q):
 @js_distance.fake
 def _distance(p, q):
     return p.new_empty(p.shape[:2])
+
+
+native.add(js_distance, _distance)

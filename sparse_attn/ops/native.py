@@ -78,7 +78,7 @@ def add(op: Op, outputs: Callable, refuses: Callable[..., str | None] = lambda i
 
 def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | None]) -> None:
     def refusal(*args) -> str | None:
-        broken = why_not(isa)
+        broken = why_not(isa) or _lacks(isa, op.name)
         if broken is not None:
             return broken
         for arg in args:

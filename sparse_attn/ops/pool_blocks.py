@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import DTYPES
 from .registry import op
 
 KINDS = ("mean", "max", "min", "unit_mean")
+
+
+def _pool(tokens: Tensor, kind: str) -> Tensor:
+    """``[..., tokens, D]`` -> ``[..., D]``."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    if kind == "unit_mean":  # in double: the squares of float32 can leave its range
+        tokens = tokens.to(wide) / tokens.double().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return {"max": tokens.amax, "min": tokens.amin}[kind](-2) if kind in ("max", "min") else tokens.to(wide).mean(-2)
 
 
 @op
@@ -37,11 +46,11 @@ def pool_blocks(x: Tensor, block: int, kind: str, first: Tensor | None = None, l
     for b in range(batch):
         f = min(max(int(first[b]), 0), n) if first is not None else 0
         e = max(min(int(last[b]), n), f) if last is not None else n
-        for j in range(-(-(e - f) // block)):
-            part = x[b, :, f + j * block : min(f + (j + 1) * block, e)].to(torch.promote_types(x.dtype, torch.float32))
-            if kind == "unit_mean":
-                part = part / part.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            pooled[b, :, j] = {"max": part.amax, "min": part.amin}.get(kind, part.mean)(1)
+        whole = (e - f) // block
+        edge = f + whole * block
+        pooled[b, :, :whole] = _pool(x[b, :, f:edge].unflatten(1, (whole, block)), kind)
+        if edge < e:
+            pooled[b, :, whole] = _pool(x[b, :, edge:e], kind)
     return pooled
 
 
@@ -59,3 +68,10 @@ def _(x, block, kind, first, last):
 @pool_blocks.fake
 def _pooled(x, block, kind, first=None, last=None):
     return x.new_empty(*x.shape[:2], (x.shape[2] + block - 1) // block, x.shape[3], dtype=torch.float32)
+
+
+def _out(x, block, *rest):
+    return x.new_empty(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float32)
+
+
+native.add(pool_blocks, _out, lambda isa, x, *rest: native.needs_dtype(x))

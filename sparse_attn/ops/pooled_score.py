@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
@@ -74,3 +75,6 @@ def _(q_pooled, k_pooled, scale, block_q, block_k, n_q, n_k, q_start, causal, wi
 @pooled_score.fake
 def _shares(q_pooled, k_pooled, scale, *rest, **named):
     return q_pooled.new_empty(*q_pooled.shape[:3], k_pooled.shape[2])
+
+
+native.add(pooled_score, _shares)

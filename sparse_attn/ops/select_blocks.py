@@ -52,8 +52,9 @@ def select_blocks(
 
     Forced blocks (the first ``sink``, and the last ``recent`` up to and including the query block's own diagonal) come first
     and count towards the share; then blocks join by falling score, ties to the lower index, each kept while the mass before
-    it is strictly below ``threshold * total`` (inclusive top-p), or while the mass with it is at most that (``inclusive=False``). threshold 1 keeps every reachable block, threshold 0 only
-    the forced ones; a block of score 0 never joins below threshold 1.
+    it is strictly below ``threshold * total`` (inclusive top-p), or while the mass with it is at most that
+    (``inclusive=False``). threshold 1 keeps every reachable block, threshold 0 only the forced ones; a block of score 0 never
+    joins below threshold 1.
     Source: XAttention, arXiv:2503.16428, section 2.2 and its ``find_blocks`` (worked examples: python_tests/test_ops.py).
 
     Args:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
@@ -66,9 +67,9 @@ def select_global(
         p = threshold.amax()[None] if scope == "all" else threshold
         order = torch.sort(pools, dim=-1, descending=True, stable=True).indices
         ranked = pools.gather(-1, order)
-        after = ranked.cumsum(-1)
+        after, total = ranked.cumsum(-1), pools.cumsum(-1)[:, -1:]
         before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], -1)
-        target = p[:, None] * after[:, -1:]
+        target = p[:, None] * total
         keep = (before < target if inclusive else after <= target) & (ranked > 0) | (p[:, None] >= 1)
         chosen = torch.zeros_like(keep).scatter_(-1, order, keep).view_as(mass)
         if always is not None:
@@ -96,3 +97,11 @@ def _(score, threshold, scope, block_q, block_k, n_q, n_k, q_start, causal, wind
 @select_global.fake
 def _lists(score, *rest, **named):
     return score.new_empty(score.shape[:3], dtype=torch.int32), score.new_empty(score.shape, dtype=torch.int32)
+
+
+def _refuses(isa, score, threshold, scope, *rest):
+    pairs = score.shape[2] * score.shape[3] * (score.shape[1] if scope == "all" else 1)
+    return None if pairs < 2**32 else f"needs fewer than 2^32 pairs of blocks under one budget, got {pairs}"
+
+
+native.add(select_global, _lists, _refuses)
