@@ -11,7 +11,10 @@ from rows import attention_cases, randn
 
 from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
-from sparse_attn.patterns import PATTERNS, AShape, BigBird, BlockRank, Dense, Duo, Neighborhood, TriangleMix, TriShape, XAttention
+from sparse_attn.patterns import (
+    PATTERNS, AShape, BigBird, BlockRank, Dense, Duo, FlexPrefill, MInference, Neighborhood, SampleAttention, TriShape,
+    TriangleMix, VerticalSlash, XAttention,
+)  # fmt: skip
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
 
@@ -50,7 +53,14 @@ ROWS = [
         for g in ("sum", "union", "vote", "shared")
     ),
     # probes
+    PatternRow(FlexPrefill(0.5, gate=0.0, min_budget=128, block=64), FlexPrefill(1.0, gate=0.0, block=64), 0.14, True, looks_ahead=True),
+    PatternRow(FlexPrefill(0.5, gate=1.0, min_budget=0, block=64), FlexPrefill(1.0, gate=1.0, block=64), 0.31, False, looks_ahead=True),
+    PatternRow(SampleAttention(0.3, 0.3, window=16, block=64), SampleAttention(1.0, 1.0, block=64), 0.38, True, looks_ahead=True),
+    PatternRow(VerticalSlash(64, 100), VerticalSlash(slash=9999), 0.15, True, looks_ahead=True),
+    PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),
     # mixtures
+    PatternRow(MInference({"name": "vertical_slash", "vertical": 64, "slash": 100}), MInference({"name": "vertical_slash", "slash": 9999}),
+               0.15, True, looks_ahead=True),
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: repr(row.selector)[:60])
 

@@ -5,8 +5,12 @@ from .bigbird import BigBird
 from .block_rank import BlockRank
 from .dense import Dense
 from .duo import Duo
+from .flexprefill import FlexPrefill
+from .minference import MInference
 from .neighborhood import Neighborhood
+from .sampleattention import SampleAttention
 from .tri_shape import TriangleMix, TriShape
+from .vertical_slash import VerticalSlash
 from .xattention import XAttention
 
 PATTERNS = {
@@ -22,7 +26,11 @@ PATTERNS = {
     # block scores
     "xattention": XAttention,
     # probes
+    "flexprefill": FlexPrefill,
+    "sampleattention": SampleAttention,
+    "vertical_slash": VerticalSlash,
     # mixtures
+    "minference": MInference,
 }
 
 __all__ = ["PATTERNS", *(cls.__name__ for cls in PATTERNS.values())]
