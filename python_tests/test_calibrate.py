@@ -237,7 +237,7 @@ def test_duo_ranks_a_retrieval_head_above_a_local_one():
 def planted_heads(n: int = 1024):
     """One head each that is local, has vertical stripes, and attends from block to block."""
     q, k = torch.zeros(1, 3, n, 64), torch.zeros(1, 3, n, 64)
-    q[0, 0, :, :12], k[0, 0, :, :12] = 30 * near_codes(n), near_codes(n)
+    q[0, 0, :, :12], k[0, 0, :, :12] = 90 * near_codes(n), near_codes(n)
     stripes = torch.arange(40, n, 37)
     q[0, 1, :, 0], k[0, 1, stripes, 0] = 100.0, 1.0
     codes, of_key = torch.nn.functional.one_hot(torch.arange(16), 64).float(), torch.arange(n) // 64
@@ -246,24 +246,43 @@ def planted_heads(n: int = 1024):
     return call(q, k)
 
 
-def test_the_search_tells_planted_patterns_apart():
-    search = PatternSearch(density=0.25)
-    q, kv, ctx = planted_heads()
-    row = search.entries([search.see(q, kv, ctx, [])])
+@pytest.fixture(scope="module")
+def seen():
+    return PatternSearch(density=0.3, block=32).see(*planted_heads(), [])
+
+
+def test_the_search_tells_planted_patterns_apart(seen):
+    row = PatternSearch(density=0.3, block=32).entries([seen])
     assert [entry["name"] for entry in row] == ["a_shape", "vertical_slash", "block_topk"]
     for h, entry in enumerate(row):
-        plan = sparse_attn.config.as_selector(entry).select(q, kv, ctx)
-        assert float(Exact.of(q, kv, ctx).retained(plan, 256)[h]) > 0.95
-        assert float(plan.head_density().expand(3)[h]) <= 0.25
+        chosen = next(c for c in seen if c.spec == entry)
+        assert chosen.mass[h] > 0.95 and chosen.density[h] <= 0.3 and chosen.heads[h]
 
 
-def test_a_second_text_has_its_say_on_the_sizes_of_the_first():
-    search = PatternSearch(density=0.25)
+def test_what_a_candidate_retains_and_reads_is_measured_on_its_selector(seen):
     q, kv, ctx = planted_heads()
-    first = search.see(q, kv, ctx, [])
-    other = search.see(q[:, [1, 1, 1]], ResidentKV(kv.k[:, [1, 1, 1]], kv.v), ctx, [first])
-    assert [c.spec for c in first] == [c.spec for c in other]
-    assert [entry["name"] for entry in search.entries([first, other])][1:] == ["vertical_slash", "vertical_slash"]
+    worst = min(seen, key=lambda c: float(c.mass[1]))
+    plan = worst.selector().select(q, kv, ctx)
+    assert torch.allclose(Exact.of(q, kv, ctx).retained(plan, 256), worst.mass, rtol=0, atol=1e-6)
+    assert torch.allclose(plan.head_density().expand(3), worst.density)
+
+
+def test_several_texts_are_averaged_at_the_sizes_of_the_first(seen):
+    masses = {"a_shape": [0.3, 0.9, 0.3], "vertical_slash": [0.3, 0.0, 0.9], "block_topk": [0.3, 0.3, 0.3]}
+    other = [replace(c, mass=torch.tensor(masses[c.spec["name"]])) for c in seen]
+    for found, names in [([seen, other], ["a_shape", "a_shape", "block_topk"]), ([seen, other, other], ["a_shape", "a_shape", "vertical_slash"])]:
+        assert [entry["name"] for entry in PatternSearch(density=0.3, block=32).entries(found)] == names
+    small = tuple(x[:, :, :96] for x in (planted_heads()[0], planted_heads()[1].k, planted_heads()[1].v))
+    q, kv, ctx = small[0], ResidentKV(*small[1:]), planted_heads()[2]
+    again = PatternSearch(density=0.3, block=32).see(q, kv, ctx, [seen])
+    assert [c.spec for c in again] == [c.spec for c in seen] and all(len(c.mass) == 3 for c in again)
+
+
+def test_a_shape_over_the_budget_takes_part_only_where_none_fits(seen):
+    dense = [replace(c, density=torch.full((3,), 0.5), mass=torch.ones(3)) for c in seen if c.spec["name"] == "block_topk"]
+    fitting = [c for c in seen if c.spec["name"] == "a_shape"]
+    assert [e["name"] for e in PatternSearch(density=0.3).entries([fitting + dense])] == ["a_shape"] * 3
+    assert [e["name"] for e in PatternSearch(density=0.1).entries([fitting + dense])][1:] == ["block_topk"] * 2
 
 
 # -- profiles ---------------------------------------------------------------------------------------------------------------

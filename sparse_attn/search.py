@@ -30,7 +30,7 @@ _SHAPES = (
     ("block_topk", {"top_k": 6400}),
 )
 _STEPS = 12  # sizes tried per shape, each smaller by sqrt(2)
-_LEVEL = 1e-4  # share of mass below which two candidates retain the same, and the sparser one wins
+_LEVEL = 1e-4  # share of mass below which two candidates retain the same, and the one named first wins
 _HALVINGS = 7  # of the interval that a threshold is raised in
 
 
@@ -126,14 +126,14 @@ class PatternSearch:
 
     Every shape (sink to local, vertical to slash, blocks) takes part with the largest size that reads at most ``density`` of the
     head's reachable tiles, counted as the attention kernel reads them on the first text. The one that retains the most
-    mass, averaged over the texts, wins; of those within 0.0001 of it, the one that reads least. What is measured is the selector
-    that will run, its probe included.
+    mass, averaged over the texts, wins; of those within 0.0001 of it, the one that needs no probe (a_shape), then vertical_slash.
+    What is measured is the selector that will run, its probe included.
     Source: the kernel-aware search of MInference, arXiv:2407.02490, section 3.2.
     Differs from its published code, which compares fixed sizes of unlike cost and then replaces every winner that is not
     vertical-slash: a search whose result is overwritten chooses nothing.
 
     Attributes:
-        density: tiles read over tiles reachable that every shape may use; a shape that cannot go so low takes part at its smallest.
+        density: tiles read over tiles reachable that every shape may use; where no shape can go so low, all take part at their smallest.
         start: query position from which mass counts, tokens; -1 for a quarter of the text. Early queries see so little
             that any pattern retains them; start later to let the question at a text's end decide.
         block: edge of the blocks of every shape, tokens.
@@ -161,9 +161,7 @@ class PatternSearch:
         found: list[_Candidate] = []
         for step in range(_STEPS):
             scaled = {key: max(1, round(size * tokens * 2 ** (-step / 2))) for key, size in sizes.items()}
-            if name == "block_topk":
-                scaled = {key: -(-size // self.block) for key, size in scaled.items()}
-            candidate = _Candidate({"name": name, **scaled, "block": self.block}, open_heads, torch.ones(q.shape[1]))
+            candidate = _Candidate({"name": name, **_written(name, scaled, self.block), "block": self.block}, open_heads, open_heads)
             density = candidate.selector().select(q, kv, ctx).head_density().cpu()
             density = density.repeat_interleave(q.shape[1] // len(density))
             fits = open_heads & ((density <= self.density) | (step == _STEPS - 1))
@@ -180,13 +178,23 @@ class PatternSearch:
     def entries(self, seen: list[list[_Candidate]]) -> list[dict]:
         candidates = seen[0]
         mass = torch.stack([sum(text[i].mass for text in seen) / len(seen) for i in range(len(candidates))])
-        mass = mass.masked_fill(~torch.stack([c.heads for c in candidates]), -1.0)
+        heads, density = (torch.stack([getattr(c, name) for c in candidates]) for name in ("heads", "density"))
+        fits = heads & (density <= self.density)
+        mass = mass.masked_fill(~torch.where(fits.any(0), fits, heads), -1.0)
         level = mass >= mass.amax(0) - _LEVEL
-        best = torch.stack([c.density for c in candidates]).masked_fill(~level, 2.0).argmin(0)
-        return [candidates[i].spec for i in best.tolist()]
+        return [candidates[i].spec for i in level.int().argmax(0).tolist()]
 
     def arguments(self) -> dict:
         return {}
+
+
+def _written(name: str, sizes: dict, block: int) -> dict:
+    """A shape's sizes in tokens as the arguments of its pattern; what a pattern forces never outgrows what it may choose."""
+    if name == "block_topk":
+        return {"top_k": -(-sizes["top_k"] // block)}
+    if name == "vertical_slash":
+        return {**sizes, "sink_tokens": min(30, sizes["vertical"]), "recent_tokens": min(100, sizes["slash"])}
+    return sizes
 
 
 @dataclass(frozen=True, eq=False)
