@@ -234,13 +234,13 @@ def test_duo_ranks_a_retrieval_head_above_a_local_one():
 # -- patterns ---------------------------------------------------------------------------------------------------------------
 
 
-def planted_heads(n: int = 1024):
+def planted_heads(n: int = 512):
     """One head each that is local, has vertical stripes, and attends from block to block."""
     q, k = torch.zeros(1, 3, n, 64), torch.zeros(1, 3, n, 64)
     q[0, 0, :, :12], k[0, 0, :, :12] = 90 * near_codes(n), near_codes(n)
-    stripes = torch.arange(40, n, 37)
+    stripes = torch.arange(20, n, 19)
     q[0, 1, :, 0], k[0, 1, stripes, 0] = 100.0, 1.0
-    codes, of_key = torch.nn.functional.one_hot(torch.arange(16), 64).float(), torch.arange(n) // 64
+    codes, of_key = torch.nn.functional.one_hot(torch.arange(16), 64).float(), torch.arange(n) // 32
     partner = torch.tensor([0, 0, 1, 0, 2, 4, 1, 3, 6, 2, 5, 7, 3, 9, 8, 11])
     k[0, 2], q[0, 2] = codes[of_key], 100 * codes[partner[of_key]]
     return call(q, k)
@@ -248,11 +248,11 @@ def planted_heads(n: int = 1024):
 
 @pytest.fixture(scope="module")
 def seen():
-    return PatternSearch(density=0.3, block=32).see(*planted_heads(), [])
+    return PatternSearch(density=0.3, block=16).see(*planted_heads(), [])
 
 
 def test_the_search_tells_planted_patterns_apart(seen):
-    row = PatternSearch(density=0.3, block=32).entries([seen])
+    row = PatternSearch(density=0.3, block=16).entries([seen])
     assert [entry["name"] for entry in row] == ["a_shape", "vertical_slash", "block_topk"]
     for h, entry in enumerate(row):
         chosen = next(c for c in seen if c.spec == entry)
@@ -263,7 +263,7 @@ def test_what_a_candidate_retains_and_reads_is_measured_on_its_selector(seen):
     q, kv, ctx = planted_heads()
     worst = min(seen, key=lambda c: float(c.mass[1]))
     plan = worst.selector().select(q, kv, ctx)
-    assert torch.allclose(Exact.of(q, kv, ctx).retained(plan, 256), worst.mass, rtol=0, atol=1e-6)
+    assert torch.allclose(Exact.of(q, kv, ctx).retained(plan, 128), worst.mass, rtol=0, atol=1e-6)
     assert torch.allclose(plan.head_density().expand(3), worst.density)
 
 
@@ -271,10 +271,10 @@ def test_several_texts_are_averaged_at_the_sizes_of_the_first(seen):
     masses = {"a_shape": [0.3, 0.9, 0.3], "vertical_slash": [0.3, 0.0, 0.9], "block_topk": [0.3, 0.3, 0.3]}
     other = [replace(c, mass=torch.tensor(masses[c.spec["name"]])) for c in seen]
     for found, names in [([seen, other], ["a_shape", "a_shape", "block_topk"]), ([seen, other, other], ["a_shape", "a_shape", "vertical_slash"])]:
-        assert [entry["name"] for entry in PatternSearch(density=0.3, block=32).entries(found)] == names
-    small = tuple(x[:, :, :96] for x in (planted_heads()[0], planted_heads()[1].k, planted_heads()[1].v))
+        assert [entry["name"] for entry in PatternSearch(density=0.3, block=16).entries(found)] == names
+    small = tuple(x[:, :, :64] for x in (planted_heads()[0], planted_heads()[1].k, planted_heads()[1].v))
     q, kv, ctx = small[0], ResidentKV(*small[1:]), planted_heads()[2]
-    again = PatternSearch(density=0.3, block=32).see(q, kv, ctx, [seen])
+    again = PatternSearch(density=0.3, block=16).see(q, kv, ctx, [seen])
     assert [c.spec for c in again] == [c.spec for c in seen] and all(len(c.mass) == 3 for c in again)
 
 
