@@ -20,6 +20,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 
 from sparse_attn import ops
@@ -34,6 +35,8 @@ from .cases import DTYPES, Sample, Shape, random_lists, rms_error, top_k_for, vi
 
 BASELINES = ("sdpa", "flex", "mm")
 STRIDES = (8, 16)
+PROXY_STRIDE = 4
+PROBES = 64
 OVERHEAD_CALLS = 200
 MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 2048 and 4096 alike)
 _GATE = 2.0  # times torch's own error
@@ -168,6 +171,28 @@ def score_error(shape: Shape, stride: int) -> float:
     return error
 
 
+def probe_rows(shape: Shape, of: str) -> Tensor:
+    """int32 ``[1, R]``: the last rows, or as many again at the ends of equal segments."""
+    if of == "last":
+        return torch.arange(max(0, shape.n - PROBES), shape.n, dtype=torch.int32)[None]
+    ends = torch.linspace(0, shape.n, 9).int()[1:, None]
+    return (ends - torch.arange(2 * PROBES // 8, 0, -1).int()).clamp(min=0).flatten().unique()[None]
+
+
+def probe_error(shape: Shape, op: str, rest: tuple) -> float:
+    """rms error of a probe op on one group of heads against its formula in float64."""
+    group = shape.heads // shape.kv_heads
+    n = shape.n if op == "window_score" else min(shape.n, _EXACT_SCORE_ROWS)
+    q, k = shape.tensors[0][:, :group, :n], shape.tensors[1][:, :1, :n]
+    ours, exact = OPS[op](q, k, *rest), OPS[op].reference(q.double(), k.double(), *rest)
+    pairs = [(ours, exact)] if isinstance(ours, Tensor) else zip(ours, exact, strict=True)
+    error = max(rms_error(*pair) for pair in pairs)
+    if not error <= _GATE_SCORE:
+        raise GateError(f"{op} at {n} tokens is off by {error:.2e} (rms, relative), more than {_GATE_SCORE:.0e}; fix the kernel "
+                        "before timing it")
+    return error
+
+
 # -- what to time -------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +224,29 @@ def _score_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         flop = shape.heads * shape.n**2 * shape.head_dim / stride
         yield Entry("antidiagonal_score", functools.partial(ops.antidiagonal_score, *call_args), fields, flop,
                     baselines(shape, args))
+
+
+def _window_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
+    q, k, _ = shape.tensors
+    for of in ("last", "tails"):
+        rows = probe_rows(shape, of)
+        call_args = q, k, rows, shape.scale
+        fields = {"of": of, "probes": rows.shape[1], "rms_error": probe_error(shape, "window_score", call_args[2:]),
+                  "backend": OPS["window_score"].chosen(*call_args)}
+        # two passes, each a dot product per visible pair
+        flop = 4.0 * shape.heads * shape.head_dim * float((rows + 1).sum())
+        yield Entry("window_score", functools.partial(ops.window_score, *call_args), fields, flop, baselines(shape, args))
+
+
+def _strided_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
+    q, k, _ = shape.tensors
+    # every head on its own, and ProxyAttn's one mean head for the layer
+    for of, heads in (("every head", (q, k)), ("one proxy", tuple(t.float().mean(1, keepdim=True).to(t.dtype) for t in (q, k)))):
+        rest = shape.block, shape.block, PROXY_STRIDE, shape.scale
+        fields = {"of": of, "stride": PROXY_STRIDE, "rms_error": probe_error(shape, "strided_score", rest),
+                  "backend": OPS["strided_score"].chosen(*heads, *rest)}
+        flop = heads[0].shape[1] * (shape.n / PROXY_STRIDE) ** 2 * shape.head_dim
+        yield Entry("strided_score", functools.partial(ops.strided_score, *heads, *rest), fields, flop, baselines(shape, args))
 
 
 def _pooled_lists(shape: Shape, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,6 +319,8 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
+        "strided_score": (q, k, *edges, PROXY_STRIDE, one.scale),
+        "window_score": (q, k, torch.zeros(1, 1, dtype=torch.int32), one.scale),
         "select_global": (torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.float64), "head", *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),
     }
@@ -298,6 +348,8 @@ def _repeat(call: Callable, call_args: tuple) -> Callable:
 PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "block_sparse_attention": _attention_calls,
     "antidiagonal_score": _score_calls,
+    "window_score": _window_calls,
+    "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
@@ -388,12 +440,12 @@ def table(rows: list[dict]) -> Table:
         shown.add_column(heading, justify="left" if heading in ("op", "backend", "", "baseline") else "right")
     for row in rows:
         what = " ".join(str(row[key]) for key in ("of", "rule") if row.get(key))
-        what += f"stride {row['stride']}" if row.get("stride") else ""
+        what += f" stride {row['stride']}" if row.get("stride") else ""
         what += "out=" if row.get("out") else ""
         what += f": {row['overhead_us']} us a call" if "overhead_us" in row else ""
         ratio = row["ratio"]
         share = f"{100 / ratio:.2f}%" if ratio and row["baseline"] != "mm" else ""
-        shown.add_row(row["op"], row["backend"], str(row["N"]), number(row.get("density")), what, number(row["us"][1], "{:,.1f}"),
+        shown.add_row(row["op"], row["backend"], str(row["N"]), number(row.get("density")), what.strip(), number(row["us"][1], "{:,.1f}"),
                       number(row.get("tflops")), row["baseline"] or "", number(row["baseline_us"] and row["baseline_us"][1], "{:,.1f}"),
                       number(ratio, "{:.2f}"), share, number(row.get("rms_error"), "{:.2e}"),
                       number(row.get("error_ratio"), "{:.2f}"), number(row.get("error_ratio_q4"), "{:.2f}"))
@@ -457,7 +509,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             raise BenchError(f"--{option.replace('_', '-')} is {min(values)}; give 1 or more")
     if args.heads % args.kv_heads:
         raise BenchError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}; choose a divisor")
-    wrong = [s for s in STRIDES if args.block % s]
+    wrong = [s for s in (*STRIDES, PROXY_STRIDE) if args.block % s]
     if wrong:
         raise BenchError(f"--block {args.block} is not a multiple of stride {wrong[0]}; 64 and 128 are usual")
     return args

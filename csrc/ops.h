@@ -73,6 +73,33 @@ struct AntidiagonalScore {
 };
 void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
 
+struct WindowScore {
+  View q, k;
+  const int32_t* rows;  // [B, n_rows], contiguous
+  int64_t n_rows;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  double softcap;
+  Padding padding;
+  float *columns, *diagonals;  // [B, H, Nk], contiguous
+};
+void window_score(const WindowScore& args, const Parallel& parallel);
+
+struct StridedScore {
+  View q, k;
+  int64_t block_q, block_k, stride;
+  double scale;
+  int64_t q_start;
+  bool causal;
+  int64_t window;
+  bool rotate;
+  Padding padding;
+  float* out;  // [B, H, Qb, Kb], contiguous
+};
+void strided_score(const StridedScore& args, const Parallel& parallel);
+
 struct SelectBlocks {
   View score;               // fp32 [B, H, Qb, Kb]
   const double* threshold;  // [H], or null for top_k
@@ -143,9 +170,15 @@ struct BlockSparseAttention {
   int64_t window;
   double softcap;
   Padding padding;
-  const float* sinks;  // [H], or null
-  View out;            // [B, H, Nq, Dv], in q's dtype
-  float* lse;          // [B, H, Nq], contiguous
+  const float* sinks;      // [H], or null
+  const int32_t* columns;  // [B, column_lists, column_slots], contiguous, or null
+  int64_t column_lists, column_slots;
+  const int32_t* near;  // [H, 2], contiguous, or null
+  int64_t dense_rows;
+  const int32_t* order;  // [B, Hkv, Nk], contiguous, or null
+  double pv_threshold;
+  View out;    // [B, H, Nq, Dv], in q's dtype
+  float* lse;  // [B, H, Nq], contiguous
 };
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
 

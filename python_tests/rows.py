@@ -96,6 +96,7 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
         "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
         "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),
         "select_global": (score, share(0.7, 4), "head", *geometry, score > 0.9, False),
+        "strided_score": (q, k, 16, 32, 4, 0.125, 20, True, 33, True, first, last),
         "window_score": (q, k, torch.tensor([[3, 5, 6, 69], [-1, 0, 9, 60]], dtype=torch.int32), 0.125, 20, True, 33, 5.0, first, last),
         "block_sparse_attention": (q, k, v, counts, lists, 16, 16, 0.125, 20, True, 33, 5.0, first, last, torch.randn(4)),
     }[op]

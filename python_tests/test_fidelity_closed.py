@@ -32,7 +32,8 @@ def read(selector, heads: int, kv_heads: int, n_q: int, n_k: int, window: int = 
 
 def by_rule(rule, heads: int, n_q: int, n_k: int) -> torch.Tensor:
     """bool ``[1, H, Nq, Nk]`` from ``rule(head, t, p)`` for p <= t."""
-    return torch.tensor([[[[p <= t and bool(rule(h, t, p)) for p in range(n_k)] for t in range(n_k - n_q, n_k)] for h in range(heads)]])
+    rows = range(n_k - n_q, n_k)
+    return torch.tensor([[[[p <= t and bool(rule(h, t, p)) for p in range(n_k)] for t in rows] for h in range(heads)]])
 
 
 @every_shape
@@ -54,7 +55,8 @@ def test_triangle_mix_turns_at_half_of_the_layers():
     shape = (2, 1, 90, 90)
     triangle = by_rule(lambda h, t, p: t - p < 20 or p < 6 or t >= 90 - 25, 2, 90, 90)
     everything = by_rule(lambda h, t, p: True, 2, 90, 90)
-    for n_layers, layer, start, deep in [(4, 1, None, False), (4, 2, None, True), (5, 2, None, True), (4, 1, 1, True), (0, 3, 4, False)]:
+    cases = [(4, 1, None, False), (4, 2, None, True), (5, 2, None, True), (4, 1, 1, True), (0, 3, 4, False)]
+    for n_layers, layer, start, deep in cases:
         got = read(TriangleMix(6, 20, 25, start), *shape, layer=layer, n_layers=n_layers)
         assert torch.equal(got, triangle if deep else everything), (n_layers, layer, start)
     early = TriangleMix(6, 20, 25, early=AShape(0, 1))
@@ -99,7 +101,7 @@ def streams(gates: list[list[float]], sparsity: float) -> list[list[bool]]:
     return [[next(below) for _ in row] for row in gates]
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.25, 0.5, 0.62, 0.75, 1])
+@pytest.mark.parametrize("sparsity", [0, 0.05, 0.25, 0.5, 0.62, 0.75, 1])
 def test_duo_binarises_gates_at_the_quantile(sparsity):
     picked = random.Random(3)
     gates = [[round(picked.random(), 1) for _ in range(4)] for _ in range(3)]  # one decimal: many are equal
@@ -189,7 +191,8 @@ def test_bigbird_draws_evenly_and_anew_per_head_layer_and_seed():
         return read(BigBird(0, 1, 4, seed, block=1), 2, 2, 200, 200, layer=layer)[0, head]
 
     drawn_at = draw()[100:, :100].sum(0)  # 100 queries draw 4 of 100..199 others each: 2.8 a key in the mean
-    assert abs(drawn_at.double().mean() - sum(4 / t for t in range(100, 200))) < 0.3 and drawn_at.max() < 13 and (drawn_at > 0).sum() > 80
+    assert abs(drawn_at.double().mean() - sum(4 / t for t in range(100, 200))) < 0.3
+    assert drawn_at.max() < 13 and (drawn_at > 0).sum() > 80
     draws = [draw(), draw(seed=1), draw(layer=1), draw(head=1)]
     assert all((a & b)[100:].sum() < 130 for i, a in enumerate(draws) for b in draws[:i]), "100 of them are each query's own"
 

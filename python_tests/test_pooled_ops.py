@@ -95,6 +95,14 @@ def test_a_nan_marks_its_channel_and_infinities_count(backend, kind):
         assert got[1].isinf().tolist() == [d == 39 and kind != "min" for d in range(40)]
 
 
+@op_backends("pool_blocks")
+def test_more_heads_than_are_pooled_together_are_all_pooled(backend):
+    x = randn(2, 45, 37, 128, torch.bfloat16, "tokens_first", 0)
+    skip_unless(pool_blocks, backend, x, 16, "max")
+    with use_backend(backend):
+        assert torch.equal(pool_blocks(x, 16, "max").double(), pooled_truth(dict(x=x, block=16, kind="max", first=None, last=None), torch.float64))
+
+
 # -- pooled_score -------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "select_blocks": lambda: (score, share, None, *geometry),
         "select_global": lambda: (score, share, "head", *geometry),
+        "strided_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "window_score": lambda: (q, k, torch.arange(64, dtype=torch.int32, device=device)[None], scale),
         "block_sparse_attention": lambda: (q, k, k, counts, lists, _BLOCK, _BLOCK, scale),
     }[op]()  # fmt: skip

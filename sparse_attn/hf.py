@@ -11,7 +11,11 @@ import functools
 import inspect
 import sys
 import warnings
+<<<<<<< HEAD
 from collections.abc import Callable
+=======
+from collections.abc import Sequence
+>>>>>>> main
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +39,7 @@ from .errors import ContractError, NotServed, require
 from .handle import PATCHED, Handle, Patched, layer_of
 from .layout import Layout, allowed_traced, encode, layout_of
 from .masked import masked_attention, only_listed
-from .own_blocks import OwnBlocks
+from .own_blocks import attend_own_blocks
 from .patterns import PATTERNS, Dense
 from .profile import ModelId, Profile
 from .profile import load as load_profile
@@ -93,20 +97,26 @@ class _Call:
             return self.by_sdpa(layout.allowed(n_q, self.q.device), False, reason, n_seen)
         return self.by_sdpa(None, True, reason, n_seen)
 
-    def by_selector(self, layout: Layout, selector: Selector, instead_of: Selector | None = None) -> Tensor:
-        """Over what the selector chooses; ``instead_of`` names the method that the model left no choice."""
-        attended = self._attend(layout, selector)
+    def by_selector(self, layout: Layout, selector: Selector) -> Tensor:
+        """Over what the selector chooses."""
+        return self._noted(self._attend(layout, selector), layout)
+
+    def by_own_blocks(self, layout: Layout, indices: Tensor, block: int, method: Selector) -> Tensor:
+        """Over the key blocks that the model itself chose, which leaves the method no choice."""
+        attended = attend_own_blocks(self.q, ResidentKV(self.k, self.v), self._context(layout), indices, block)
+        dense = isinstance(method, Dense)
+        return self._noted(attended, layout, [] if dense else [f"{type(method).__name__}: the model chooses its own key blocks"])
+
+    def _noted(self, attended: Attended, layout: Layout, refusals: Sequence[str] = ()) -> Tensor:
+        """The output in transformers' layout, once the report knows how it came about."""
         if self.log is not None and not torch.compiler.is_compiling():
+            n_q, n_seen = self.q.shape[2], layout.q_start + self.q.shape[2]
+            backend, slower = self._backend(attended, layout)
             if attended.plan.blocks is None:
-                self._note(self._backend(attended, layout)[0], attended.refusal or "the method reads everything",
-                           layout.q_start + self.q.shape[2])
+                self._note(backend, attended.refusal or "the method reads everything", n_seen)
             else:
                 density = attended.plan.head_density()
-                density = density.repeat_interleave(self.q.shape[1] // len(density))
-                backend, refusals = self._backend(attended, layout)
-                if instead_of is not None:
-                    refusals.append(f"{type(instead_of).__name__}: the model chooses its own key blocks, and those were read")
-                self.log.sparse(backend, refusals, density, self.q.shape[2], layout.q_start + self.q.shape[2])
+                self.log.sparse(backend, [*slower, *refusals], density.repeat_interleave(self.q.shape[1] // len(density)), n_q, n_seen)
         return attended.out.transpose(1, 2).contiguous()
 
     def ours_can(self) -> str | None:
@@ -199,8 +209,7 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
         why = refusal or ("token by token" if block_indices is None else _why_masked(module, block_indices, layout))
         short = _too_short(config, n_q, layout.n_seen if layout else n_k)
         if why is None and short is None and n_q > 1:
-            own = OwnBlocks(block_indices, module.indexer.block_size)
-            return call.by_selector(layout, own, None if isinstance(config.prefill, Dense) else config.prefill), None
+            return call.by_own_blocks(layout, block_indices, module.indexer.block_size, config.prefill), None
         refusal = f"the model chooses its own keys ({short or why or 'decoding'})"
         attention_mask = layout.allowed(n_q, query.device) if layout else attention_mask
         if indices is not None:
@@ -243,10 +252,13 @@ def _why_masked(module: torch.nn.Module, block_indices: Tensor, layout: Layout |
     """Why the key blocks that a model chose cannot be walked as they are; None if they can."""
     if torch.compiler.is_compiling():
         return "inside a compiled graph"
-    if not isinstance(getattr(module.indexer, "block_size", None), int):
-        return "its indexer has no block_size"
+    size, local = (getattr(module.indexer, name, 0) for name in ("block_size", "local_blocks"))
+    if size < 1 or local < 1:
+        return f"its indexer has block_size={size} and local_blocks={local}; every query must read its own block"
     if layout is None:
         return "its mask is not plain causal, sliding or padded"
+    if layout.window or layout.offset:
+        return "the layer has a sliding window"
     if layout.first is not None:
         return "left padding shifts the blocks it counts from key 0"
     return None

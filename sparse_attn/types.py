@@ -200,6 +200,7 @@ class ReadPlan:
         if self.near is not None:
             edge = torch.arange(mask.shape[3], device=mask.device) * blocks.block[1]
             sink, local = self.near.long().view(1, -1, 2, 1, 1).unbind(2)
+            mask = mask.repeat_interleave(len(self.near) // mask.shape[1], 1)
             mask = mask | reachable & ((edge < sink) | (local > 0) & (edge + blocks.block[1] > start[..., None] - local + 1))
         read = mask.sum(-1, dtype=torch.float64)
         if self.columns is not None:
@@ -213,7 +214,7 @@ class ReadPlan:
         whole = reachable.sum(-1, dtype=torch.float64)
         if self.dense_rows:
             left = real.sum(-1, keepdim=True) - real.cumsum(-1)  # real queries after each block
-            share = ((self.dense_rows - left).clamp(min=0).minimum(real) / real.clamp(min=1)).double()
+            share = (self.dense_rows - left).clamp(min=0).minimum(real).double() / real.clamp(min=1)
             read = share * whole + (1 - share) * read
         return torch.minimum(read, whole).sum((0, 2)) / whole.sum()
 

@@ -95,10 +95,10 @@ class AmxEngine {
     int64_t strips = 0;
   };
 
-  // visits: how many key blocks are read in all; packing everything pays once each is read more than once
-  static void prepare(const BlockSparseAttention& a, const Span* spans, int64_t visits, const Parallel& parallel, Prepared* to) {
+  // run_keys: how many keys the tasks read in runs; packing everything pays once each is read more than once
+  static void prepare(const BlockSparseAttention& a, const Span* spans, int64_t run_keys, const Parallel& parallel, Prepared* to) {
     const int64_t batch = a.k.size[0], kv_heads = a.k.size[1], n_k = a.k.size[2];
-    if (visits * a.block_k <= batch * kv_heads * n_k) return;
+    if (run_keys <= batch * kv_heads * n_k) return;
     to->strips = (n_k + kStrip - 1) / kStrip;
     const int64_t per_strip = kTerms * tiles_across(a.v.size[3]) * kTile, total = batch * kv_heads * to->strips * per_strip;
     // up to 64 MiB stay with the calling thread between calls: fresh pages cost more than the packing

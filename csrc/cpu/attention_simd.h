@@ -135,18 +135,24 @@ void unpack_lanes(const float* from, int panel, const float* factor, int64_t n, 
 }
 
 // Running maximum m (base 2) and sum l of one panel. Turns logits into probabilities in place; keep[lane] is what earlier
-// output must be multiplied by.
+// output must be multiplied by. False, and nothing done, if far > 0 and every logit is more than far below its maximum.
 template <int kVecs>
-SA_INLINE void online_softmax(float* s, int keys, float* m, float* l, float* keep) {
+SA_INLINE bool online_softmax(float* s, int keys, float far, float* m, float* l, float* keep) {
   constexpr int kPanel = kVecs * kLanes;
   F32 top[kVecs], total[kVecs];
   #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) top[v] = load(m + v * kLanes), total[v] = F32{};
+  for (int v = 0; v < kVecs; ++v) top[v] = splat(-std::numeric_limits<float>::infinity()), total[v] = F32{};
   for (int i = 0; i < keys; ++i)
     #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) top[v] = max(top[v], load(s + int64_t(i) * kPanel + v * kLanes));
+  if (far > 0) {
+    I32 below = ~I32{};
+    for (int v = 0; v < kVecs; ++v) below &= top[v] < load(m + v * kLanes) - far;
+    if (!any(~below)) return false;
+  }
   #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) {
+    top[v] = max(load(m + v * kLanes), top[v]);
     store(keep + v * kLanes, exp2_nonpositive(load(m + v * kLanes) - top[v]));
     store(m + v * kLanes, top[v]);
   }
@@ -160,6 +166,7 @@ SA_INLINE void online_softmax(float* s, int keys, float* m, float* l, float* kee
     }
   #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) store(l + v * kLanes, load(l + v * kLanes) * load(keep + v * kLanes) + total[v]);
+  return true;
 }
 
 // what each lane's output must be multiplied by, and its lse; a row that saw nothing has l == 0, and a NaN stays one
@@ -181,7 +188,8 @@ class SimdEngine {
   struct Prepared {};
   static void prepare(const BlockSparseAttention&, const Span*, int64_t, const Parallel&, Prepared*) {}
 
-  SimdEngine(const BlockSparseAttention& a, const Prepared&, int64_t max_rows) : a_(a), d_(a.q.size[3]), dv_(a.v.size[3]) {
+  SimdEngine(const BlockSparseAttention& a, const Prepared&, int64_t max_rows)
+      : a_(a), d_(a.q.size[3]), dv_(a.v.size[3]), far_(float(a.pv_threshold) * kLog2E) {
     const size_t lanes = (max_rows + kPanel - 1) / kPanel * kPanel;
     Scratch& scratch = Scratch::mine();
     auto bytes = [](size_t n) { return Scratch::bytes_for<float>(n); };
@@ -210,7 +218,9 @@ class SimdEngine {
       pack_lanes<Element>(q + p * kPanel * a_.q.stride[2], a_.q.stride[2], a_.q.stride[3], rows - p * kPanel, d_, factor, kPanel,
                           q_ + p * kPanel * d_);
     std::memset(o_, 0, panels * kPanel * dv_ * sizeof(float));
-    std::fill(m_, m_ + panels * kPanel, sink);
+    std::fill(m_, m_ + rows, sink);
+    // a lane without a query never asks for a tile
+    std::fill(m_ + rows, m_ + panels * kPanel, std::numeric_limits<float>::max());
     std::fill(l_, l_ + panels * kPanel, sink == kNoSink ? 0.0f : 1.0f);
   }
 
@@ -228,7 +238,7 @@ class SimdEngine {
       simd_scores<kSimdRows>(k_tile_ + k * d_, d_, q, d_, p_ + k * kPanel);
     simd_scores_tail(keys - k, k_tile_ + k * d_, d_, q, d_, p_ + k * kPanel);
     hide(p_, 0, keys);
-    online_softmax<kVecs>(p_, keys, m_ + panel * kPanel, l_ + panel * kPanel, keep_);
+    if (!online_softmax<kVecs>(p_, keys, far_, m_ + panel * kPanel, l_ + panel * kPanel, keep_)) return;
     float* o = o_ + int64_t(panel) * kPanel * dv_;
     int64_t i = 0;
     for (; i + kSimdRows <= dv_; i += kSimdRows) simd_values<kSimdRows>(v_tile_ + i, dv_, p_, keys, keep_, o + i * kPanel);
@@ -256,6 +266,7 @@ class SimdEngine {
 
   const BlockSparseAttention& a_;
   const int64_t d_, dv_;
+  const float far_;  // 2^-far: a tile of smaller probabilities is left out
   int64_t b_ = 0, h_ = 0;
   const Storage *k_ = nullptr, *v_ = nullptr;
   float *q_, *o_, *m_, *l_, *keep_, *p_, *k_tile_, *v_tile_;

@@ -92,6 +92,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                      kParallel);
 }
 
+[[maybe_unused]] void run_window_score(Tensor columns, Tensor diagonals, Tensor q, Tensor k, Tensor rows, double scale,
+                                       int64_t q_start, bool causal, int64_t window, double softcap, OptionalTensor first,
+                                       OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), probes(rows, ScalarType::Int);
+  expect_size(columns, {q.size(0), q.size(1), k.size(2)}, "columns");
+  expect_size(diagonals, {q.size(0), q.size(1), k.size(2)}, "diagonals");
+  window_score({view(q), view(k), probes.data<int32_t>(), rows.size(1), scale, q_start, causal, window, softcap,
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
+                output<float>(diagonals, ScalarType::Float, "diagonals")},
+               kParallel);
+}
+
+[[maybe_unused]] void run_strided_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
+                                        double scale, int64_t q_start, bool causal, int64_t window, bool rotate,
+                                        OptionalTensor first, OptionalTensor last) {
+  const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int);
+  expect_size(out, {q.size(0), q.size(1), ceil_div(q.size(2), block_q), ceil_div(k.size(2), block_k)}, "score");
+  strided_score({view(q), view(k), block_q, block_k, stride, scale, q_start, causal, window, rotate,
+                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(out, ScalarType::Float, "score")},
+                kParallel);
+}
+
 [[maybe_unused]] void run_select_blocks(Tensor counts, Tensor indices, Tensor score, OptionalTensor threshold,
                                         OptionalTensor top_k, int64_t block_q, int64_t block_k, int64_t n_q, int64_t n_k,
                                         int64_t q_start, bool causal, int64_t window, int64_t sink, int64_t recent,
@@ -154,17 +176,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
-                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor, OptionalTensor, int64_t,
-                                                 OptionalTensor, double) {
+                                                 OptionalTensor last, OptionalTensor sinks, OptionalTensor columns,
+                                                 OptionalTensor near, int64_t dense_rows, OptionalTensor order,
+                                                 double pv_threshold) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
-  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int);
+  const Flat count(counts, ScalarType::Int), index(indices, ScalarType::Int), column(columns, ScalarType::Int);
+  const Flat nears(near, ScalarType::Int), orders(order, ScalarType::Int);
   expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(3)}, "out");
   expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
   SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
   block_sparse_attention({view(q), view(k), view(v), count.data<int32_t>(), index.data<int32_t>(), counts.size(1), counts.size(2),
                           indices.size(3), block_q, block_k, scale, q_start, causal, window, softcap,
-                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), view(out),
-                          output<float>(lse, ScalarType::Float, "lse")},
+                          {firsts.data<int32_t>(), lasts.data<int32_t>()}, sink_logits.data<float>(), column.data<int32_t>(),
+                          columns ? columns->size(1) : 0, columns ? columns->size(2) : 0, nears.data<int32_t>(), dense_rows,
+                          orders.data<int32_t>(), pv_threshold, view(out), output<float>(lse, ScalarType::Float, "lse")},
                          kParallel);
 }
 
@@ -176,6 +201,12 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("antidiagonal_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool alternate, Tensor? first, Tensor? last) -> ()");
   m.impl("antidiagonal_score", TORCH_BOX(&run_antidiagonal_score));
+  m.def("window_score(Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
+        "bool causal, int window, float softcap, Tensor? first, Tensor? last) -> ()");
+  m.impl("window_score", TORCH_BOX(&run_window_score));
+  m.def("strided_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
+        "bool causal, int window, bool rotate, Tensor? first, Tensor? last) -> ()");
+  m.impl("strided_score", TORCH_BOX(&run_strided_score));
   m.def("select_blocks(Tensor(a!) counts, Tensor(b!) indices, Tensor score, Tensor? threshold, Tensor? top_k, int block_q, "
         "int block_k, int n_q, int n_k, int q_start, bool causal, int window, int sink, int recent, Tensor? first, "
         "Tensor? last, Tensor? always, bool inclusive) -> ()");

@@ -260,6 +260,17 @@ SA_INLINE F32 exp2_nonpositive(F32 x) {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 
+// tanh to float32 accuracy in absolute terms; |x| below 0.25 by its series, where the other form cancels
+SA_INLINE F32 tanh_lanes(F32 x) {
+  const F32 a = x < 0.0f ? -x : x;
+  const F32 e = exp2_nonpositive(a * (-2 * kLog2E));
+  const F32 far = (1.0f - e) / (1.0f + e);
+  const F32 y = x * x;
+  const F32 near = a + a * y * (-0x1.555556p-2f + y * (0x1.111112p-3f + y * (-0x1.ba1ba2p-5f + y * 0x1.664f48p-6f)));
+  const F32 t = a < 0.25f ? near : far;
+  return x < 0.0f ? -t : t;
+}
+
 // -- scratch memory ----------------------------------------------------------------------------------------------------------------
 
 // Aligned memory that a thread keeps between calls, so that a short call does not pay for page faults.

@@ -8,7 +8,8 @@ from .pooled_score import pooled_score
 from .registry import OPS, use_backend
 from .select_blocks import select_blocks
 from .select_global import select_global
+from .strided_score import strided_score
 from .window_score import window_score
 
 __all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "pool_blocks", "pooled_score", "select_blocks",
-           "select_global", "use_backend", "window_score"]
+           "select_global", "strided_score", "use_backend", "window_score"]

@@ -58,6 +58,18 @@ def _require_listed(counts: Tensor, indices: Tensor, n_k: int, block_k: int) -> 
         require(not len(bad), f"indices name block {bad[:1].tolist()} but {n_k} keys make {blocks} blocks of {block_k}")
 
 
+def _require_columns(columns: Tensor | None, rows_alone: list[Span]) -> None:
+    """On a CPU, where looking is free: columns name real keys in rising order, then -1."""
+    if columns is not None and columns.device.type == "cpu":
+        for b, span in enumerate(rows_alone):
+            before = torch.nn.functional.pad(columns[b], (1, 0), value=-1)[:, :-1]
+            ended = (columns[b] == -1).cumsum(-1) > 0
+            bad = torch.where(ended, columns[b] != -1, (columns[b] <= before) | (columns[b] >= span.n_k)).nonzero()
+            for h, i in bad[:1].tolist():
+                require(False, f"columns[{b}, {h}, {i}] is {columns[b, h, i]}; columns must ascend below the {span.n_k} real keys "
+                               f"of batch row {b} and be -1 after the last")
+
+
 def _require_permutation(order: Tensor | None, rows_alone: list[Span]) -> None:
     """On a CPU, where looking is free: every real key stands in exactly one slot."""
     if order is not None and order.device.type == "cpu":
@@ -131,12 +143,14 @@ def block_sparse_attention(
             A backend that rounds probabilities to q's dtype sums them rounded: exact against out, within eps / 4 of the truth.
 
     Raises:
-        ContractError: on mismatched shapes or dtypes, or (on CPU) a count or block number out of range.
+        ContractError: on mismatched shapes or dtypes, or (on CPU) a count or block number out of range, columns that do not
+            ascend below the row's real keys, or an order that is no permutation of them.
     """
     batch, heads, n_q, _ = q.shape
     n_k, group, per_list = k.shape[2], heads // k.shape[1], heads // counts.shape[1]
     _require_listed(counts, indices, n_k, block_k)
     rows_alone = spans(batch, n_q, n_k, q_start, causal, first, last)
+    _require_columns(columns, rows_alone)
     _require_permutation(order, rows_alone)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(batch, n_q, heads, v.shape[3]).transpose(1, 2)
@@ -221,8 +235,6 @@ def _outputs(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causa
 
 def _refuses(isa, q, k, v, counts, indices, block_q, block_k, scale, q_start, causal, window, softcap, first, last, sinks, columns,
              near, dense_rows, order, pv_threshold):
-    if columns is not None or near is not None or dense_rows or order is not None:
-        return "reads block lists only"
     return native.needs_dtype(q)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import native
 from .contract import require_heads, require_span
 from .registry import op
 from .spans import spans
@@ -78,3 +79,6 @@ def _(q, k, rows, scale, q_start, causal, window, softcap, first, last):
 @window_score.fake
 def _masses(q, k, rows, scale, *rest, **named):
     return tuple(q.new_empty(q.shape[0], q.shape[1], k.shape[2], dtype=torch.float32) for _ in range(2))
+
+
+native.add(window_score, _masses, lambda isa, q, *rest: native.needs_dtype(q))

@@ -69,8 +69,10 @@ class _Documents:
 
 def _documents(ids: Tensor, at: Tensor, real: Tensor, first: Tensor | int) -> _Documents:
     """What the tokens ``at`` ``[B or 1, blocks, block]``, counted from each row's first real key, belong to."""
-    at = (at + (first[..., None] if isinstance(first, Tensor) else first)).clamp(max=ids.shape[1] - 1).expand(ids.shape[0], -1, -1)
+    at = at + (first[..., None] if isinstance(first, Tensor) else first)
+    at = at.clamp(max=ids.shape[1] - 1).expand(ids.shape[0], -1, -1)
     found = ids.long().gather(1, at.flatten(1)).view_as(at)
     most = torch.iinfo(torch.int64).max
     inside = real & (found >= 0)
-    return _Documents(found.masked_fill(~inside, most).amin(-1), found.masked_fill(~inside, -1).amax(-1), (real & (found < 0)).any(-1))
+    low, high = found.masked_fill(~inside, most).amin(-1), found.masked_fill(~inside, -1).amax(-1)
+    return _Documents(low, high, (real & (found < 0)).any(-1))

@@ -42,7 +42,8 @@ class Duo:
     block: int = 128
 
     def __post_init__(self):
-        require(isinstance(self.retrieval, (tuple, list)) and all(isinstance(row, (tuple, list)) and len(row) for row in self.retrieval),
+        rows = self.retrieval if isinstance(self.retrieval, (tuple, list)) else [None]
+        require(all(isinstance(row, (tuple, list)) and len(row) for row in rows),
                 "retrieval must be a table [layers][kv heads], one or more entries per row")
         object.__setattr__(self, "retrieval", tuple(tuple(row) for row in self.retrieval))
         entries = [entry for row in self.retrieval for entry in row]
@@ -51,17 +52,18 @@ class Duo:
         require(flags or gates, "retrieval must hold only True and False, or only finite numbers")
         require(flags or self.sparsity is not None, "retrieval holds numbers; give sparsity, the share of heads that stream")
         require(gates or self.sparsity is None, "retrieval says which heads stream; sparsity would have no effect, leave it out")
-        require(self.sparsity is None or 0 <= self.sparsity <= 1, f"sparsity={self.sparsity} is outside [0, 1]; it is a share of heads")
+        require(self.sparsity is None or 0 <= self.sparsity <= 1, f"sparsity={self.sparsity} is outside [0, 1]; it is a share")
         require_near(self.sink_tokens, self.recent_tokens, self.block)
 
     def select(self, q: Tensor, kv: KVView, ctx: LayerContext) -> ReadPlan:
         if not self.retrieval:
             raise NotServed("needs a table of retrieval heads; calibrate one, or give retrieval")
-        require(ctx.layer < len(self.retrieval), f"retrieval has {len(self.retrieval)} layers but layer {ctx.layer} asked; add rows")
+        layers = len(self.retrieval)
+        require(ctx.layer < layers, f"retrieval has {layers} layers but layer {ctx.layer} asked; add rows")
         table = self.retrieval if self.sparsity is None else _split(self.retrieval, self.sparsity)
         row, kv_heads = table[ctx.layer], kv.fetch()[0].shape[1]
-        require(len(row) in (1, kv_heads), f"retrieval has {len(row)} heads in layer {ctx.layer} but the layer has {kv_heads} key heads; "
-                "one entry for each, or one for all")
+        require(len(row) in (1, kv_heads), f"retrieval has {len(row)} heads in layer {ctx.layer} but the layer has {kv_heads} key "
+                "heads; one entry for each, or one for all")
         near = [(0, kv.n_tokens) if whole else (self.sink_tokens, self.recent_tokens) for whole in row]
         return near_plan(q, kv, ctx, [pair for pair in near for _ in range(q.shape[1] // len(row))], self.block)
 

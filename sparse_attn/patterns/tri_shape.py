@@ -16,8 +16,8 @@ from .dense import Dense
 class TriShape:
     """Read the first ``sink_tokens`` keys and each query's last ``recent_tokens``; the last ``dense_rows`` queries read everything.
 
-    The last queries are where the question stands, so what generation starts from has seen the whole prompt. Tokens in the middle
-    have not: scores over the prompt itself (perplexity) get worse by design.
+    The last queries are where the question stands, so what generation starts from has seen the whole prompt. Tokens in the
+    middle have not: scores over the prompt itself (perplexity) get worse by design.
     Source: MInference's tri_shape (microsoft/MInference; SCBench, arXiv:2412.10319), its default sizes. Differs from that code:
     the dense rows are rows of the same pass, not a second product that holds ``dense_rows x Nk`` logits per head.
     In chunked prefill the last rows of every chunk are dense, because a layer cannot know that more chunks follow.
@@ -66,7 +66,8 @@ class TriangleMix:
     def __post_init__(self):
         require_near(self.sink_tokens, self.recent_tokens, self.block)
         require(self.dense_rows >= 0, f"dense_rows={self.dense_rows} is negative; it counts queries")
-        require(self.start_layer is None or self.start_layer >= 0, f"start_layer={self.start_layer} is negative; layers count from 0")
+        start = self.start_layer
+        require(start is None or start >= 0, f"start_layer={start} is negative; layers count from 0")
         require(isinstance(self.early, Selector) and not isinstance(self.early, type),
                 f"early={self.early!r} is not a selector; give an object such as Dense(), or a name in the JSON form")
 
