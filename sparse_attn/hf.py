@@ -11,11 +11,7 @@ import functools
 import inspect
 import sys
 import warnings
-<<<<<<< HEAD
-from collections.abc import Callable
-=======
-from collections.abc import Sequence
->>>>>>> main
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
