@@ -194,9 +194,15 @@ def test_a_threshold_that_keeps_too_little_is_raised_and_no_further_than_needed(
     assert (retained_at([t - 2**-6 for t in raised], 960)[:3] < 0.9).all()
 
 
+def test_the_lowest_threshold_reaches_the_mass_and_a_lower_one_does_not():
+    search = ThresholdSearch(mass=0.9, start=960, block=64, search="lowest")
+    row = search.entries([search.see(*looking_back(), [])])
+    assert (retained_at(row, 960) >= 0.9).all() and (retained_at([t - 2**-13 for t in row], 960) < 0.9).all()
+
+
 def test_of_several_texts_the_largest_threshold_counts():
     search = ThresholdSearch()
-    assert search.entries([torch.tensor([0.2, 0.70001], dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64)]) == [0.5, 0.7001]
+    assert search.entries([torch.tensor([0.2, 0.7000001], dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64)]) == [0.5, 0.700001]
 
 
 # -- retrieval heads --------------------------------------------------------------------------------------------------------
@@ -436,6 +442,7 @@ def test_the_command_writes_a_profile_with_which_the_model_still_answers(method,
         (["--method", "duo", "--stride", "8"], "--stride is for xattention, not for duo; leave it out"),
         (["--method", "duo", "--sparsity", "2"], r"sparsity=2.0 is outside \[0, 1\]"),
         (["--stride", "7"], "block=128 is not a multiple of stride=7"),
+        (["--search", "high"], "search='high' is not known; use cut or lowest"),
         (["--mass", "0"], r"mass=0.0 is outside \(0, 1\]"),
         (["--length", "-1"], "--length is -1; give a number of tokens"),
         (["--length", "100000"], "prompt.txt has 10[0-9][0-9] tokens but --length is 100000; give a longer text"),

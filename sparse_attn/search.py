@@ -31,7 +31,7 @@ _SHAPES = (
 )
 _STEPS = 12  # sizes tried per shape, each smaller by sqrt(2)
 _LEVEL = 1e-4  # share of mass below which two candidates retain the same, and the one named first wins
-_HALVINGS = 7  # of the interval that a threshold is raised in
+_HALVINGS = 14  # of the interval that a threshold is searched in
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ class PatternSearch:
 
 
 def _written(name: str, sizes: dict, block: int) -> dict:
-    """A shape's sizes in tokens as the arguments of its pattern; what a pattern forces never outgrows what it may choose."""
+    """A shape's sizes in tokens as the arguments of its pattern; at most a quarter of what a probe may choose is forced."""
     if name == "block_topk":
         return {"top_k": -(-sizes["top_k"] // block)}
     if name == "vertical_slash":
-        return {**sizes, "sink_tokens": min(30, sizes["vertical"]), "recent_tokens": min(100, sizes["slash"])}
+        return {**sizes, "sink_tokens": min(30, -(-sizes["vertical"] // 4)), "recent_tokens": min(100, -(-sizes["slash"] // 4))}
     return sizes
 
 
@@ -216,6 +216,8 @@ class ThresholdSearch:
 
     The fewest block pairs that cover ``mass`` of the exact mass of the whole map are taken; the smallest estimate among them is a
     cut, and the share of the whole estimate at or above the cut is the threshold. Of several texts the largest counts.
+    One block that the estimate hardly sees makes that threshold 1; ``search="lowest"`` sets no cut and finds the lowest threshold
+    that retains ``mass``, to one part in 16384.
     Source: the threshold profiler in the code of XAttention, arXiv:2503.16428.
     Differs from it in two steps. Sink and diagonal blocks set no cut, because they are read whatever their estimate; a head
     that needs nothing else gets 0. And the cut is one number for the map but the threshold is applied row by row, where it may
@@ -227,16 +229,19 @@ class ThresholdSearch:
         start: query position from which mass counts, tokens. A head that retrieves does so in few queries, which are lost in the mass
             of a whole text: let the text end in a question and start there.
         stride, block: as in ``XAttention``; the thresholds hold for these alone.
+        search: ``cut``, the published profiler, or ``lowest``.
     """
 
     mass: float = 0.9
     start: int = 0
     stride: int = 8
     block: int = 128
+    search: str = "cut"
 
     def __post_init__(self):
         require(0 < self.mass <= 1, f"mass={self.mass} is outside (0, 1]; it is a share of attention mass")
         require(self.start >= 0, f"start={self.start} is no position; use 0 for the whole text")
+        require(self.search in ("cut", "lowest"), f"search={self.search!r} is not known; use cut or lowest")
         XAttention(**self.arguments())
 
     def see(self, q: Tensor, kv: KVView, ctx: LayerContext, earlier: list) -> Tensor:
@@ -249,9 +254,11 @@ class ThresholdSearch:
             lists = choose(score, index, k.shape[1], threshold=threshold, sink=method.sink, recent=method.recent, gqa=method.gqa)
             return exact.retained(ReadPlan(lists), self.start) >= self.mass
 
-        mass = exact.block_mass(self.block)
-        mass[:, :, : max(0, self.start - ctx.q_start) // self.block] = 0.0
-        low = self._profiled(score, mass, index, index.reachable(sink=method.sink, recent=method.recent))
+        low = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device)
+        if self.search == "cut":
+            counted = torch.arange(score.shape[2], device=score.device)[:, None] >= max(0, self.start - ctx.q_start) // self.block
+            low = self._profiled(score * counted, exact.block_mass(self.block) * counted, index,
+                                 index.reachable(sink=method.sink, recent=method.recent))
         fits, high = enough(low), torch.ones_like(low)
         for _ in range(_HALVINGS if not fits.all() else 0):
             middle = (low + high) / 2
@@ -276,7 +283,7 @@ class ThresholdSearch:
 
     def entries(self, seen: list[Tensor]) -> list[float]:
         most = torch.stack(seen).amax(0)
-        return [min(1.0, math.ceil(t * 1e4) / 1e4) for t in most.tolist()]
+        return [min(1.0, math.ceil(t * 1e6) / 1e6) for t in most.tolist()]
 
     def arguments(self) -> dict:
         return {"stride": self.stride, "block": self.block}
