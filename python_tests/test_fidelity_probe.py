@@ -12,7 +12,7 @@ from rows import randn
 
 from sparse_attn.config import SparseAttnConfig
 from sparse_attn.errors import ContractError, NotServed
-from sparse_attn.patterns import Dense, FlexPrefill, MInference, SampleAttention, VerticalSlash, XAttention
+from sparse_attn.patterns import Dense, FlexPrefill, MInference, ProxyAttn, SampleAttention, VerticalSlash, XAttention
 from sparse_attn.patterns.per_head import merge, parts, select_per_head
 from sparse_attn.patterns.probe import covering, largest, marked, slash_tiles, tails
 from sparse_attn.types import BlockIndex, LayerContext, ReadPlan, ResidentKV
@@ -134,7 +134,7 @@ def vertical_slash_oracle(q, k, s: VerticalSlash) -> tuple[set, set]:
 
 @every_shape
 @pytest.mark.parametrize("selector", [
-    VerticalSlash(40, 12, window=16, sink_tokens=3, recent_tokens=5, block=32), VerticalSlash(9, 30, window=20, sink_tokens=11, block=16),
+    VerticalSlash(40, 12, window=16, sink_tokens=3, recent_tokens=5, block=32), VerticalSlash(14, 30, window=20, sink_tokens=11, recent_tokens=4, block=16),
     VerticalSlash(40, 3, 8, "last", 2, 1, promote=0.0, block=32), VerticalSlash(0, 0, 8, "last", 0, 1, promote=0.1, block=32),
 ], ids=repr)  # fmt: skip
 def test_vertical_slash_reads_what_the_paper_says(shape, selector):
@@ -311,12 +311,68 @@ def sample_oracle(q, k, s: SampleAttention) -> set:
 
 
 @every_shape
-@pytest.mark.parametrize("selector", [SampleAttention(0.5, 0.4, 0.2, 8, 0.1, 16), SampleAttention(0.2, 0.7, 0.5, 16, 0.08, 32)], ids=repr)
+@pytest.mark.parametrize("selector", [SampleAttention(0.5, 0.4, 0.2, 8, 0.0759, 16), SampleAttention(0.2, 0.7, 0.5, 16, 0.08, 32)], ids=repr)
 def test_sampleattention_reads_what_the_paper_says(shape, selector):
     q, k = tensors(shape)
     plan = select(selector, q, k)
     for b, h, *floats in heads_of(q, k):
         assert read(plan, b, h) == sample_oracle(*floats, selector)
+
+
+# ProxyAttn
+
+
+def proxy_oracle(q, k, q_mean, k_mean, s: ProxyAttn) -> set:
+    n_q, n_k, b = len(q), len(k), s.block
+    start = n_k - n_q
+    score = {}
+    for r in range(0, n_q, s.stride):
+        keys = [p for p in range(0, n_k, s.stride) if p <= start + r]
+        for p, x in zip(keys, softmax([SCALE * dot(q_mean[r], k_mean[p]) for p in keys])):
+            score[r // b, p // b] = max(x, score.get((r // b, p // b), 0.0))
+    lines = pooled(masses(q, k, last_rows(n_q, b))[0], b)
+    budget, sums = 0, 0.0
+    for x in sorted(lines, reverse=True):
+        if sums >= s.threshold * math.fsum(lines):
+            break
+        budget, sums = budget + 1, sums + x
+    tiles = set()
+    for i in range(-(-n_q // b)):
+        seen = sorted(j for a, j in reachable(n_q, n_k, b) if a == i)
+        own = (start + i * b) // b
+        forced = {j for j in seen if j == 0 or j >= own}
+        keep = max(math.ceil(budget / len(lines) * len(seen) - 1e-9), math.ceil(s.min_budget / b), len(forced))
+        rest = sorted((j for j in seen if j not in forced), key=lambda j: (-score.get((i, j), 0.0), j))
+        tiles |= {(i, j) for j in [*sorted(forced), *rest][:keep]}
+    return tiles
+
+
+@every_shape
+@pytest.mark.parametrize("selector", [ProxyAttn(0.6, 1, 4, min_budget=0, block=16), ProxyAttn(0.8, 2, 2, min_budget=40, block=16)], ids=repr)
+def test_proxyattn_reads_what_the_paper_says(shape, selector):
+    q, k = tensors(shape)
+    selector = replace(selector, proxies=math.gcd(selector.proxies, k.shape[1]))
+    plan = select(selector, q, k)
+    group, kv_group = q.shape[1] // selector.proxies, k.shape[1] // selector.proxies
+    for b, h, *floats in heads_of(q, k):
+        g = h // group
+        means = [x[b, g * n : (g + 1) * n].double().mean(0).tolist() for x, n in ((q, group), (k, kv_group))]
+        assert read(plan, b, h) == proxy_oracle(*floats, *means, selector)
+
+
+def test_a_copy_is_found_at_multiples_of_the_stride_alone():
+    found = {}
+    for at in (100, 101):
+        q, k = (randn(1, 1, 512, 64, torch.float32, "plain", i) for i in (0, 1))
+        q[:, :, -16:] = 3 * k[:, :, at : at + 16]
+        found[at] = (15, at // 32) in read(select(ProxyAttn(0.0, min_budget=96, block=32), q, k), 0, 0)
+    assert found == {100: True, 101: False}
+
+
+def test_proxies_divide_the_key_heads():
+    q, k = tensors((4, 2, 96, 96))
+    with pytest.raises(ContractError, match="proxies=4 does not divide the 2 key heads; use 1 or a divisor"):
+        select(ProxyAttn(proxies=4), q, k)
 
 
 # mixtures
@@ -437,6 +493,9 @@ def test_a_profile_of_another_model_gets_a_sentence():
     (lambda: SampleAttention(-0.1), "vertical_threshold=-0.1 is outside"), (lambda: SampleAttention(0.5, 2), "slash_threshold=2 is outside"),
     (lambda: SampleAttention(sample_share=0), "sample_share=0 is outside"), (lambda: SampleAttention(window=0), "window=0"),
     (lambda: SampleAttention(recent_share=0), "recent_share=0 is outside"), (lambda: SampleAttention(block=-4), "block=-4"),
+    (lambda: ProxyAttn(threshold=float("nan")), "threshold=nan is outside"), (lambda: ProxyAttn(proxies=0), "proxies=0 leaves no head"),
+    (lambda: ProxyAttn(stride=3), "block=128 is not a multiple of stride=3"), (lambda: ProxyAttn(stride=0), "stride=0 must be positive"),
+    (lambda: ProxyAttn(min_budget=-2), "min_budget=-2 is negative"), (lambda: ProxyAttn(block=0), "block=0"),
 ])  # fmt: skip
 def test_bad_fields_of_probe_patterns_get_a_sentence(bad, sentence):
     with pytest.raises(ContractError) as error:
@@ -444,7 +503,7 @@ def test_bad_fields_of_probe_patterns_get_a_sentence(bad, sentence):
     assert sentence in str(error.value)
 
 
-@pytest.mark.parametrize("selector", [VerticalSlash(), FlexPrefill(), SampleAttention()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("selector", [VerticalSlash(), FlexPrefill(), SampleAttention(), ProxyAttn()], ids=lambda s: type(s).__name__)
 def test_without_causality_no_key_has_a_distance(selector):
     q, k = tensors((2, 2, 96, 96))
     with pytest.raises(NotServed, match="needs causal attention"):

@@ -12,8 +12,8 @@ from rows import attention_cases, randn
 from sparse_attn.attention import sparse_attention
 from sparse_attn.errors import ContractError
 from sparse_attn.patterns import (
-    PATTERNS, AShape, BigBird, BlockRank, Dense, Duo, FlexPrefill, MInference, Neighborhood, SampleAttention, TriShape,
-    TriangleMix, VerticalSlash, XAttention,
+    PATTERNS, PBS, AShape, BigBird, BlockRank, BlockTopK, CritiPrefill, Dense, Duo, FlexPrefill, MInference, MoBA, Neighborhood, Prism,
+    ProxyAttn, SampleAttention, SpargeAttn, TriangleMix, TriShape, VerticalSlash, VMoBA, XAttention,
 )  # fmt: skip
 from sparse_attn.types import LayerContext, ReadPlan, ResidentKV, Selector, dense_index
 
@@ -43,6 +43,41 @@ ROWS = [
     PatternRow(TriShape(20, 70, 40, block=64), TriShape(20, 70, 9999), 0.14, True, looks_ahead=True),
     PatternRow(TriangleMix(20, 70, 40, block=64), TriangleMix(start_layer=3), 0.14, True, looks_ahead=True),
     # block scores
+    PatternRow(BlockTopK(top_k=4), BlockTopK(top_k=999), 0.13, True),
+    PatternRow(BlockTopK(top_k=2, block=32, sink=0, recent=0), BlockTopK(top_k=999, block=32), 0.04, True, reads_itself=False),
+    *(
+        PatternRow(BlockTopK(top_k=4, block=32, gqa=g), BlockTopK(top_k=999, gqa=g), 0.07, True)
+        for g in ("sum", "union", "vote", "shared")
+    ),
+    *(
+        PatternRow(CritiPrefill(budget=budget, segment=16, block=16, dense_below=below, fusion=fusion),
+                   CritiPrefill(budget=9999, segment=16, block=16), 0.05, True, looks_ahead=True)
+        for below, fusion, budget in ((0, 0.25, 32), (40, 0.0, 64))
+    ),  # the last segment is dense: what a query reads depends on whether others follow
+    PatternRow(MoBA(top_k=2, block_q=16, block_k=64), MoBA(top_k=999, block_q=64, block_k=64), 0.39, True),
+    PatternRow(MoBA(top_k=2, block_q=8, block_k=128, gqa="sum"), MoBA(top_k=999, block_k=256, gqa="sum"), 0.45, True),
+    *(
+        PatternRow(PBS(threshold=0.5, block=b, segment=2 * b, gqa=g), PBS(threshold=1.0, block=b, segment=4 * b, gqa=g), 0.58,
+                   True, looks_ahead=True)
+        for b, g in ((64, "per_head"), (32, "sum"))
+    ),
+    *(
+        PatternRow(Prism(threshold=0.5, block=64, gqa=g), Prism(threshold=1.0, block=64, gqa=g), 0.73, True, looks_ahead=True)
+        for g in ("per_head", "union")
+    ),
+    *(
+        PatternRow(SpargeAttn(**fields), SpargeAttn(threshold=1.0), 0.64, True, looks_ahead=fields.get("smooth_k", True))
+        for fields in (
+            dict(threshold=0.5, similarity=0.007),
+            dict(density=0.3, similarity=-1.0, block_q=64, smooth_k=False, pv_threshold=34.7),
+            dict(threshold=0.5, similarity=0.014, block_q=64, smooth_k=False, gqa="vote"),
+        )
+    ),
+    *(
+        PatternRow(VMoBA(block=64, scope=s), VMoBA(threshold=1.0, block=64, scope=s), 0.22, True, looks_ahead=s != "block")
+        for s in ("block", "head", "all")
+    ),
+    PatternRow(VMoBA(top_k=3, block=32), VMoBA(top_k=999, block=64), 0.05, True),
     *(
         PatternRow(XAttention(threshold=0.5, stride=s, block=64), XAttention(threshold=1.0, stride=s, block=64), 0.55, True)
         for s in (4, 8, 16)
@@ -55,6 +90,7 @@ ROWS = [
     # probes
     PatternRow(FlexPrefill(0.5, gate=0.0, min_budget=128, block=64), FlexPrefill(1.0, gate=0.0, block=64), 0.14, True, looks_ahead=True),
     PatternRow(FlexPrefill(0.5, gate=1.0, min_budget=0, block=64), FlexPrefill(1.0, gate=1.0, block=64), 0.31, False, looks_ahead=True),
+    PatternRow(ProxyAttn(0.5, min_budget=192, block=64), ProxyAttn(1.0, block=64), 0.1, False, looks_ahead=True),
     PatternRow(SampleAttention(0.3, 0.3, window=16, block=64), SampleAttention(1.0, 1.0, block=64), 0.38, True, looks_ahead=True),
     PatternRow(VerticalSlash(64, 100), VerticalSlash(slash=9999), 0.15, True, looks_ahead=True),
     PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),

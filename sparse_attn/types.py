@@ -188,12 +188,13 @@ class ReadPlan:
         """float64 ``[heads]``: tiles read over tiles causally reachable, per list; 1 for a dense plan.
 
         A tile that ``near`` reaches counts whole, a column outside every listed tile as its ``1 / block_k``, and a dense row
-        as its share of its query block.
+        as its share of its query block. Sorted by ``order``, a query block may read more tiles than it reaches unsorted; it then
+        counts as dense.
         """
         blocks = self.blocks
         if blocks is None:
             return torch.ones(1, dtype=torch.float64)
-        if self.columns is None and self.near is None and not self.dense_rows:
+        if self.columns is None and self.near is None and self.order is None and not self.dense_rows:
             return blocks.head_density()
         start, real = (x.to(blocks.counts.device)[:, None] for x in blocks.rows())  # [B, 1, Qb]
         mask, reachable = blocks.to_mask(), blocks.reachable()

@@ -19,11 +19,21 @@ def require_gqa(gqa: str) -> None:
     require(gqa in GQA, f"gqa={gqa!r} is no policy; use {', '.join(GQA)}")
 
 
-def empty_index(q: Tensor, kv: KVView, ctx: LayerContext, block: int, heads: int = 1) -> BlockIndex:
-    """The geometry of a call with nothing listed yet; ``where(mask)`` lists blocks."""
+def empty_index(q: Tensor, kv: KVView, ctx: LayerContext, block: int | tuple[int, int], heads: int = 1) -> BlockIndex:
+    """The geometry of a call with nothing listed yet, ``block`` one edge or (query, key); ``where(mask)`` lists blocks."""
     require(q.dim() == 4, f"q needs 4 dimensions [B, H, Nq, D], got {q.dim()}")
-    return BlockIndex.empty(q.shape[0], heads, q.shape[2], kv.n_tokens, (block, block), ctx.q_start, ctx.causal, ctx.window,
+    edges = block if isinstance(block, tuple) else (block, block)
+    return BlockIndex.empty(q.shape[0], heads, q.shape[2], kv.n_tokens, edges, ctx.q_start, ctx.causal, ctx.window,
                             ctx.first, ctx.last, q.device)
+
+
+def as_table(value, low: float, high: float, name: str = "threshold") -> float | tuple[tuple[float, ...], ...]:
+    """One number, or a table ``[layers][heads]`` as tuples (JSON makes lists), every entry within ``low..high``."""
+    table = value if isinstance(value, (int, float)) else tuple(tuple(float(x) for x in row) for row in value)
+    flat = (table,) if isinstance(table, (int, float)) else sum(table, ())
+    bad = [x for x in flat if not low <= x <= high]
+    require(not bad, f"{name}={bad[0] if bad else ''} is outside [{low:g}, {high:g}]; use one number or a table [layers][heads]")
+    return table
 
 
 def per_head(value: float | tuple, layer: int, heads: int, device, name: str = "threshold") -> Tensor:
