@@ -176,26 +176,26 @@ def retained_at(row: list[float], start: int) -> torch.Tensor:
     return Exact.of(q, kv, ctx).retained(XAttention(threshold=(tuple(row),), stride=8, block=64).select(q, kv, ctx), start)
 
 
-def test_thresholds_reach_the_mass_asked_for_from_the_start_that_was_said():
-    def searched(start: int) -> list[float]:
-        search = ThresholdSearch(mass=0.9, start=start, block=64)
+def test_thresholds_reach_the_mass_asked_for_by_the_queries_that_count():
+    def searched(last: int) -> list[float]:
+        search = ThresholdSearch(mass=0.9, last=last, block=64)
         return search.entries([search.see(*looking_back(), [])])
 
-    whole, end = searched(0), searched(960)
+    whole, end = searched(0), searched(64)
     assert (retained_at(whole, 0) >= 0.9).all() and (retained_at(whole, 960) < 0.5).all()
     assert (retained_at(end, 960) >= 0.9).all() and max(end) < 1
 
 
 def test_a_threshold_that_keeps_too_little_is_raised_and_no_further_than_needed(monkeypatch):
     monkeypatch.setattr(ThresholdSearch, "_profiled", lambda *_: torch.tensor([0.0, 0.1, 0.0, 1.0], dtype=torch.float64))
-    search = ThresholdSearch(mass=0.9, start=960, block=64)
+    search = ThresholdSearch(mass=0.9, last=64, block=64)
     raised = search.entries([search.see(*looking_back(), [])])
     assert raised[3] == 1 and max(raised[:3]) < 1 and (retained_at(raised, 960) >= 0.9).all()
     assert (retained_at([t - 2**-6 for t in raised], 960)[:3] < 0.9).all()
 
 
 def test_the_lowest_threshold_reaches_the_mass_and_a_lower_one_does_not():
-    search = ThresholdSearch(mass=0.9, start=960, block=64, search="lowest")
+    search = ThresholdSearch(mass=0.9, last=64, block=64, search="lowest")
     row = search.entries([search.see(*looking_back(), [])])
     assert (retained_at(row, 960) >= 0.9).all() and (retained_at([t - 2**-13 for t in row], 960) < 0.9).all()
 
@@ -274,9 +274,13 @@ def test_what_a_candidate_retains_and_reads_is_measured_on_its_selector(seen):
 
 
 def test_several_texts_are_averaged_at_the_sizes_of_the_first(seen):
-    masses = {"a_shape": [0.3, 0.9, 0.3], "vertical_slash": [0.3, 0.0, 0.9], "block_topk": [0.3, 0.3, 0.3]}
-    other = [replace(c, mass=torch.tensor(masses[c.spec["name"]])) for c in seen]
-    for found, names in [([seen, other], ["a_shape", "a_shape", "block_topk"]), ([seen, other, other], ["a_shape", "a_shape", "vertical_slash"])]:
+    def text(a_shape: list[float], vertical_slash: list[float], block_topk: list[float]) -> list:
+        masses = dict(a_shape=a_shape, vertical_slash=vertical_slash, block_topk=block_topk)
+        return [replace(c, mass=torch.tensor(masses[c.spec["name"]])) for c in seen]
+
+    first, other = text([1.0, 0.0, 0.1], [0.5, 1.0, 0.1], [0.5, 0.1, 1.0]), text([0.3, 0.9, 0.3], [0.3, 0.0, 0.9], [0.3, 0.3, 0.3])
+    for found, names in [([first], ["a_shape", "vertical_slash", "block_topk"]), ([first, other], ["a_shape", "vertical_slash", "block_topk"]),
+                         ([first, other, other], ["a_shape", "a_shape", "vertical_slash"])]:
         assert [entry["name"] for entry in PatternSearch(density=0.3, block=16).entries(found)] == names
     small = tuple(x[:, :, :64] for x in (planted_heads()[0], planted_heads()[1].k, planted_heads()[1].v))
     q, kv, ctx = small[0], ResidentKV(*small[1:]), planted_heads()[2]
@@ -414,8 +418,8 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("minference", ["--density", "0.4", "--start", "960"]),
-        ("xattention", ["--mass", "0.99", "--start", "960", "--length", "1000"]),
+        ("minference", ["--density", "0.4", "--last", "64"]),
+        ("xattention", ["--mass", "0.99", "--last", "64", "--length", "1000"]),
         ("duo", ["--sparsity", "0.5", "--recent-tokens", "128"]),
     ],
 )
