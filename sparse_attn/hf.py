@@ -31,15 +31,17 @@ from transformers.modeling_utils import AttentionInterface
 from . import ops
 from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
+from .dual_chunk import DualChunk, dual_chunk_attention
 from .errors import ContractError, NotServed, require
 from .handle import PATCHED, Handle, Patched, layer_of
-from .layout import Layout, allowed_traced, encode, layout_of
+from .layout import Layout, allowed_traced, encode, layout_of, layout_of_one
 from .masked import masked_attention, only_listed
 from .own_blocks import attend_own_blocks
 from .patterns import PATTERNS, Dense
 from .profile import ModelId, Profile
 from .profile import load as load_profile
 from .report import LayerLog
+from .rotary import Rotation, rotations
 from .types import KVView, LayerContext, ReadPlan, ResidentKV, Selector
 
 # bool entries of a mask that SDPA may be given; beyond that the full list is walked without one (8K x 8K is 64 MiB)
@@ -115,6 +117,20 @@ class _Call:
                 self.log.sparse(backend, [*slower, *refusals], density.repeat_interleave(self.q.shape[1] // len(density)), n_q, n_seen)
         return attended.out.transpose(1, 2).contiguous()
 
+    def by_dual_chunk(self, layout: Layout, selector: Selector, dual: DualChunk, rotation: Rotation,
+                      reason: str | None) -> Tensor:
+        """Over what the selector chooses, no key farther than ``dual`` allows; ``reason`` says why the selector is Dense."""
+        found = dual_chunk_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector, dual, rotation)
+        if self.log is not None and found.first is not None:
+            part, ctx, attended = found.first
+            backend, refusals = _explained(part.q, ResidentKV(part.k, part.v), ctx, attended)
+            n_seen = layout.q_start + self.q.shape[2]
+            if found.density is None:
+                self._note(f"dual_chunk {backend}", reason or attended.refusal or "the method reads everything", n_seen)
+            else:
+                self.log.sparse(f"dual_chunk {backend}", refusals, found.density, self.q.shape[2], n_seen)
+        return found.out.transpose(1, 2).contiguous()
+
     def ours_can(self) -> str | None:
         """None if our op can compute this call, else why not."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v, self.sinks) if t is not None):
@@ -154,19 +170,24 @@ class _Call:
     def _backend(self, attended: Attended, layout: Layout) -> tuple[str, list[str]]:
         if self.log is None:
             return "", []
-        args = attend_args(self.q, ResidentKV(self.k, self.v), self._context(layout), attended.plan, attended.blocks)
-        op = ops.block_sparse_attention
-        chosen, refusals = op.chosen(*args), []
-        for name, refusal in op.explain(*args).items():
-            if name == chosen:
-                break
-            if refusal is not None:
-                refusals.append(f"{op.name}: {name}: {refusal}")
-        return chosen, refusals
+        return _explained(self.q, ResidentKV(self.k, self.v), self._context(layout), attended)
 
     def _note(self, backend: str, reason: str, n_seen: int) -> None:
         if self.log is not None and not torch.compiler.is_compiling():
             self.log.dense(backend, reason, self.q.shape[2], self.q.shape[1], n_seen)
+
+
+def _explained(q: Tensor, kv: ResidentKV, ctx: LayerContext, attended: Attended) -> tuple[str, list[str]]:
+    """Which backend computed ``attended``, and why faster ones did not."""
+    args = attend_args(q, kv, ctx, attended.plan, attended.blocks)
+    op = ops.block_sparse_attention
+    chosen, refusals = op.chosen(*args), []
+    for name, refusal in op.explain(*args).items():
+        if name == chosen:
+            break
+        if refusal is not None:
+            refusals.append(f"{op.name}: {name}: {refusal}")
+    return chosen, refusals
 
 
 def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -192,9 +213,14 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
         return call.by_sdpa(attention_mask[:, None, None].bool() if padding else attention_mask, False, "not causal"), None
     unwanted = _why_dense(config, module, n_q, n_k)
     refusal = call.ours_can()
-    layout = None
-    if attention_mask is None or attention_mask.dim() == 2:
-        layout = layout_of(attention_mask, n_q, n_k)
+    layout, rotation = None, patched.rotation if patched else None
+    if rotation is not None and torch.compiler.is_compiling():
+        refusal = "torch.compile is tracing it"
+    exact = attention_mask is not None and attention_mask.dim() != 2
+    one = exact and rotation is not None and refusal is None and attention_mask.shape[1:3] == (1, 1)
+    one = one and attention_mask.dtype == torch.bool  # decoding with a StaticCache
+    if one or not exact:
+        layout = layout_of_one(attention_mask) if one else layout_of(attention_mask, n_q, n_k)
         if unwanted is None and layout.n_seen < config.dense_below:
             unwanted = f"fewer than {config.dense_below} keys"
         if layout.holes:
@@ -216,6 +242,11 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
             attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, n_k, query.dtype, query.device,
                                                              positions.expand(query.shape[0], -1))
         layout = None
+    if rotation is not None and config.dual_chunk.changes(layout.offset + layout.n_seen if layout else n_k):
+        refusal = "its cache let go of the first keys" if layout is not None and layout.offset else refusal
+        require(refusal is None,
+                f"dual_chunk cannot serve a call over {n_k} keys: {refusal}; a plain one would leave the trained range")
+        return call.by_dual_chunk(layout, Dense() if unwanted else config.prefill, config.dual_chunk, rotation, unwanted), None
     if unwanted is None and refusal is None:
         return call.by_selector(layout, config.prefill), None
     if unwanted is None and not torch.compiler.is_compiling():
@@ -328,7 +359,8 @@ def _warn_once(sentence: str) -> None:
 
 
 def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, dense_layers: tuple[int, ...] = (),
-          dense_below: int = 4096, min_queries: int = 16, profile: Profile | str | Path | None = None) -> Handle:
+          dense_below: int = 4096, min_queries: int = 16, dual_chunk: DualChunk | dict | None = None,
+          profile: Profile | str | Path | None = None) -> Handle:
     """Make ``model`` read during prefill only what ``prefill`` chooses.
 
     Only the text model of a composite model is touched. Prompts over fewer than ``dense_below`` tokens (padding aside, longest
@@ -341,6 +373,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
         dense_layers: indices of layers that stay dense.
         dense_below: tokens.
         min_queries: tokens; calls with fewer queries run dense.
+        dual_chunk: lets layers with RoPE and without a sliding window read texts longer than the model was trained for, in
+            prefill and decoding, dense or sparse; a ``DualChunk`` or a dict of its fields.
         profile: what ``python -m sparse_attn.calibrate`` wrote for this model, or the file it wrote; excludes ``prefill``.
 
     Raises:
@@ -359,7 +393,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
     if profile is not None:
         profile = profile if isinstance(profile, Profile) else load_profile(profile)
         prefill = profile.selector()
-    config = SparseAttnConfig(as_selector("xattention" if prefill is None else prefill), dense_layers, dense_below, min_queries)
+    selector = as_selector("xattention" if prefill is None else prefill)
+    config = SparseAttnConfig(selector, dense_layers, dense_below, min_queries, dual_chunk)
     tower = _text_model(model)
     for cls in (type(model), type(tower)):
         require(cls._can_set_attn_implementation(), f"{cls.__name__} computes attention itself and cannot be driven; "
@@ -373,8 +408,9 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
     require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
     if profile is not None:
         profile.require_model(model_id(model))
+    turns = rotations(tower, modules) if config.dual_chunk else {}
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return Handle(_around(tower, modules), modules, list(configs.values()), config)
+    return Handle(_around(tower, modules), modules, list(configs.values()), config, turns)
 
 
 def _around(tower: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> torch.nn.Module:

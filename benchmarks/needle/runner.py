@@ -27,15 +27,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Method:
     """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``.
 
-    With ``profile``, the file of a calibrated profile, ``arguments`` only tell the profile's file name and content.
+    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file of
+    a calibrated profile, ``arguments`` only tell the profile's file name and content.
     """
 
     name: str = "dense"
     arguments: dict[str, object] = field(default_factory=dict)
+    dual_chunk: dict[str, object] = field(default_factory=dict)
     profile: Path | None = None
 
     @classmethod
-    def calibrated(cls, path: Path) -> "Method":
+    def calibrated(cls, path: Path, dual_chunk: dict[str, object] | None = None) -> "Method":
         """The method of a profile; raises NeedleError unless the file holds one."""
         from sparse_attn.profile import load as load_profile
 
@@ -43,16 +45,25 @@ class Method:
             name = load_profile(path).method
         except ValueError as error:
             raise NeedleError(f"--profile: {error}") from error
-        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, path)
+        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, dual_chunk or {}, path)
+
+    def row(self) -> Row:
+        """What a case's line says about the method; without dual chunks it reads as it always did."""
+        return {"prefill": self.name, "prefill_args": self.arguments} | ({"dual_chunk": self.dual_chunk} if self.dual_chunk else {})
 
     def check(self) -> None:
         """Raise NeedleError unless the package knows the name and accepts the arguments."""
         if self.name == "dense":
             if self.arguments:
                 raise NeedleError(f"dense takes no arguments, got {json.dumps(self.arguments)}; drop --prefill-args")
-            return
+            if not self.dual_chunk:
+                return
         import sparse_attn
 
+        try:
+            sparse_attn.SparseAttnConfig(dual_chunk=self.dual_chunk or None)
+        except ValueError as error:
+            raise NeedleError(f"--dual-chunk {json.dumps(self.dual_chunk)}: {error}") from error
         if self.name not in sparse_attn.PATTERNS:
             known = ", ".join(sorted({"dense", *sparse_attn.PATTERNS}))
             raise NeedleError(f"prefill method {self.name!r} is not known; use one of {known}")
@@ -78,13 +89,17 @@ class Method:
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[Callable[[], float]]:
         """Run the model with this method inside the block; yields a function that returns the density so far."""
-        if self.name == "dense":
+        if self.name == "dense" and not self.dual_chunk:
             yield lambda: 1.0
             return
         import sparse_attn
 
         how = {"profile": self.profile} if self.profile else {"prefill": {"name": self.name, **self.arguments}}
-        with sparse_attn.patch(model, **how, dense_below=0) as handle:
+        try:
+            handle = sparse_attn.patch(model, **how, dense_below=0, dual_chunk=self.dual_chunk or None)
+        except sparse_attn.ContractError as error:
+            raise NeedleError(str(error)) from error
+        with handle:
             yield lambda: handle.report().density
 
 
@@ -273,7 +288,7 @@ def run(
     for batch in batches:
         prompts: list[Prompt] | None = None
         for method in methods:
-            how = {"prefill": method.name, "prefill_args": method.arguments}
+            how = method.row()
             keys = [file.key({**asdict(case), **how, **asdict(settings)}) for case in batch]
             if not all(key in done for key in keys):
                 if prompts is None:
