@@ -253,6 +253,31 @@ def test_xattention_answers_as_dense_does_and_reads_less(tmp_path):
     assert len(sparse) == 3 and all(row["correct"] == 1 and row["density"] < 0.7 for row in sparse)
 
 
+def test_a_profile_is_run_and_recorded_by_its_content(tmp_path, shipped, capsys):
+    profile = runner.BUNDLED / "profile_xattention.json"
+    options = ("--lengths", "2048", "--depths", "1", "--tasks", "single", "--no-baseline", "--threads", "1")
+    assert _run(tmp_path, *options, "--profile", str(profile)) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert row["correct"] == 1 and row["density"] < 0.5 and row["prefill"] == "xattention"
+    assert row["prefill_args"]["profile"] == profile.name and re.fullmatch("[0-9a-f]{12}", row["prefill_args"]["sha256"])
+    other = json.loads(profile.read_text())
+    other["model"]["weights"] = "0" * 12
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit):
+        _run(tmp_path, *options, "--profile", str(tmp_path / "other.json"))
+    assert "other.json: the profile was made for other weights of model" in capsys.readouterr().err
+    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_profile_beside_a_model_is_no_part_of_its_identity(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = runner.weights_id(str(tmp_path))
+    (tmp_path / "profile_duo.json").write_text("{}")
+    assert runner.weights_id(str(tmp_path)) == before
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert runner.weights_id(str(tmp_path)) != before
+
+
 def test_dual_chunks_are_recorded_and_measured_beside_the_plain_baseline(tmp_path):
     dual = {"chunk": 512, "local": 160}
     options = ("--lengths", "1024", "--depths", "1", "--tasks", "single", "--threads", "1", "--dual-chunk", json.dumps(dual))
@@ -278,6 +303,7 @@ def test_dual_chunks_are_recorded_and_measured_beside_the_plain_baseline(tmp_pat
         (["--dual-chunk", '{"chunk": 2048}'], r"--dual-chunk .*: dual_chunk takes chunk, local, .* must be given; got chunk"),
         (["--dual-chunk", '{"chunk": 64, "local": 64}'], "--dual-chunk .*: local=64 is more than half of chunk=64"),
         (["--prefill-args", "{}"], "has no --prefill to apply to"),
+        (["--profile", "/no/such/profile"], "--profile: profile /no/such/profile cannot be read"),
         (["--no-baseline"], "nothing to run"),
         (["--model", "/no/such/model"], "model path /no/such/model does not exist; give a folder"),
         (["--lengths", "64"], r"length 64 is below the \d+ tokens that task"),

@@ -1,7 +1,7 @@
 """python -m benchmarks.needle: does a model still find a sentence hidden in a long text when it reads only part of it?
 
-Every case runs dense and with each ``--prefill`` method on the same prompt. One JSON line per case and method; a run that
-was stopped goes on from its file.
+Every case runs dense and with each ``--prefill`` and ``--profile`` on the same prompt. One JSON line per case and method; a run
+that was stopped goes on from its file.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--prefill", action="append", default=[], metavar="NAME", help="method to compare with dense; may be repeated")
     add("--prefill-args", action="append", default=[], metavar="JSON", help="its arguments: once for all, or once per --prefill")
+    add("--profile", action="append", default=[], type=Path, metavar="FILE",
+        help="a calibrated profile of the model to compare with dense; may be repeated")
     add("--dual-chunk", metavar="JSON", help="""read with dual chunk attention, e.g. '{"chunk": 2048, "local": 256}':
 every --prefill, or dense if there is none; the baseline stays plain""")
     add("--no-baseline", action="store_true", help="do not run dense")
@@ -91,8 +93,9 @@ def _methods(args: argparse.Namespace) -> list[runner.Method]:
         method.check()
         if method not in methods:
             methods.append(method)
+    methods += [runner.Method.calibrated(path, dual) for path in dict.fromkeys(args.profile)]
     if not methods:
-        raise NeedleError("nothing to run: --no-baseline without --prefill; name a method")
+        raise NeedleError("nothing to run: --no-baseline without --prefill or --profile; name a method")
     return methods
 
 
@@ -155,6 +158,8 @@ def _needle(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     dtype = runner.pick_dtype(args.dtype, device)
     model, tokenizer = runner.load(args.model, device, dtype, args.trust_remote_code)
+    for method in methods:
+        method.require_model(model)
     haystack = runner.make_haystack(tokenizer, text)
     shortest = batches[0][0].length
     for task in {batch[0].task for batch in batches}:
