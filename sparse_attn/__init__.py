@@ -1,13 +1,15 @@
 """What attention reads, and how it is computed: block-sparse attention for transformers models."""
 
 from .config import SparseAttnConfig
+from .dual_chunk import DualChunk
 from .errors import ContractError, NoBackendError
 from .hook import register_when_imported
 from .ops import use_backend
 from .patterns import PATTERNS, Dense, XAttention
 
 __version__ = "0.1.0"
-__all__ = ["PATTERNS", "ContractError", "Dense", "NoBackendError", "SparseAttnConfig", "XAttention", "patch", "use_backend"]
+__all__ = ["PATTERNS", "ContractError", "Dense", "DualChunk", "NoBackendError", "SparseAttnConfig", "XAttention", "patch",
+           "use_backend"]
 
 register_when_imported()
 

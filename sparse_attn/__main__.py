@@ -37,6 +37,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
+        "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "select_blocks": lambda: (score, share, None, *geometry),

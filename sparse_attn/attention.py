@@ -35,11 +35,11 @@ class Attended:
     refusal: str | None = None
 
 
-def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector) -> Attended:
-    """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses."""
+def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selector, chooser: Tensor | None = None) -> Attended:
+    """Attention of ``q`` ``[B, H, Nq, D]`` over the part of ``kv`` that ``selector`` chooses when shown ``chooser``, or q."""
     plan, refusal = ReadPlan(), None
     try:
-        plan = selector.select(q, kv, ctx)
+        plan = selector.select(q if chooser is None else chooser, kv, ctx)
     except NotServed as reason:
         refusal = f"{type(selector).__name__} {reason}"
         _warn_once(f"{refusal}; the call runs dense")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
+from .dual_chunk import DualChunk
 from .errors import ContractError, require
 from .patterns import PATTERNS, Dense
 from .types import Selector
@@ -18,6 +19,8 @@ class SparseAttnConfig:
         dense_layers: indices of layers that always run dense; the first ones often matter most.
         dense_below: tokens; calls over fewer keys run dense, because choosing would cost more than it saves.
         min_queries: tokens; calls with fewer queries run dense (decoding, verifying drafted tokens, a short new turn).
+        dual_chunk: lets layers with RoPE read texts longer than the model was trained for, see ``DualChunk``; also accepts its
+            JSON form, a dict of its fields. None leaves distances as they are.
 
     Example:
         >>> config = SparseAttnConfig.from_json({"prefill": {"name": "xattention", "stride": 16}, "dense_layers": [0, 1]})
@@ -31,11 +34,13 @@ class SparseAttnConfig:
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 4096
     min_queries: int = 16
+    dual_chunk: DualChunk | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prefill", as_selector(self.prefill))
         layers = self.dense_layers
         require(isinstance(layers, (tuple, list)), f"dense_layers={layers!r} must list layer indices, e.g. (0, 1)")
+        object.__setattr__(self, "dual_chunk", as_dual_chunk(self.dual_chunk))
         bad = [i for i in layers if not _whole(i) or i < 0]
         require(not bad, f"dense_layers names {bad[0] if bad else ''!r}; layers are counted from 0")
         object.__setattr__(self, "dense_layers", tuple(layers))
@@ -93,6 +98,23 @@ def as_selector(value: Selector | str | dict) -> Selector:
         raise ContractError(f"{name} cannot take {arguments}: {error}") from error
 
 
+def as_dual_chunk(value: DualChunk | dict | None) -> DualChunk | None:
+    """The value itself, or the DualChunk that a dict of its fields describes.
+
+    Example:
+        >>> as_dual_chunk({"chunk": 262144, "local": 8192})
+        DualChunk(chunk=262144, local=8192, trained=0, critical=True)
+    """
+    if value is None or isinstance(value, DualChunk):
+        return value
+    require(isinstance(value, dict), f"dual_chunk is a DualChunk, its dict or None, got {value!r}")
+    known = [f.name for f in fields(DualChunk)]
+    wrong = [key for key in value if key not in known] + [name for name in ("chunk", "local") if name not in value]
+    got = _listed(value) or "none"
+    require(not wrong, f"dual_chunk takes {_listed(known)}, of which chunk and local must be given; got {got}")
+    return DualChunk(**value)
+
+
 def _whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -107,6 +129,8 @@ def _plain(value):
         name = next((n for n, cls in PATTERNS.items() if type(value) is cls), None)
         require(name is not None, f"{type(value).__name__} has no JSON form; there are {_listed(PATTERNS)}")
         return {"name": name} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, DualChunk):
+        value = asdict(value)
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

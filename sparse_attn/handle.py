@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import SparseAttnConfig
 from .errors import require
 from .report import LayerLog, Report
+from .rotary import Rotation
 
 # the implementation that a patched model's config names; never written to disk
 PATCHED = "sparse_attn"
@@ -67,6 +68,7 @@ class Patched:
     log: LayerLog
     n_layers: int
     forward: Forward
+    rotation: Rotation | None = None  # None where dual chunk attention is off or has no use
 
 
 def layer_of(module: torch.nn.Module) -> int:
@@ -77,7 +79,8 @@ def layer_of(module: torch.nn.Module) -> int:
 class Handle:
     """A patched model, until ``undo()``; also a context manager."""
 
-    def __init__(self, around: torch.nn.Module, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig):
+    def __init__(self, around: torch.nn.Module, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig,
+                 rotations: dict[str, Rotation]):
         self.config = config
         self._modules = modules
         self._configs = [(c, c._attn_implementation) for c in configs]
@@ -86,7 +89,7 @@ class Handle:
                        around.register_forward_hook(self._forward.end, always_call=True)]
         n_layers = 1 + max(layer_of(m) for m in modules.values())
         for name, module in modules.items():
-            module._sparse_attn = Patched(config, LayerLog(name, layer_of(module)), n_layers, self._forward)
+            module._sparse_attn = Patched(config, LayerLog(name, layer_of(module)), n_layers, self._forward, rotations.get(name))
         for c in configs:
             c._attn_implementation_internal = PATCHED
 

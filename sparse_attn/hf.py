@@ -11,12 +11,13 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -30,14 +31,18 @@ from transformers.modeling_utils import AttentionInterface
 from . import ops
 from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
-from .errors import ContractError, require
+from .dual_chunk import DualChunk, dual_chunk_attention
+from .errors import ContractError, NotServed, require
 from .handle import PATCHED, Handle, Patched, layer_of
-from .layout import Layout, allowed_traced, encode, layout_of
+from .layout import Layout, allowed_traced, encode, layout_of, layout_of_one
 from .masked import masked_attention, only_listed
 from .own_blocks import attend_own_blocks
 from .patterns import PATTERNS, Dense
+from .profile import ModelId, Profile
+from .profile import load as load_profile
 from .report import LayerLog
-from .types import LayerContext, ResidentKV, Selector
+from .rotary import Rotation, rotations
+from .types import KVView, LayerContext, ReadPlan, ResidentKV, Selector
 
 # bool entries of a mask that SDPA may be given; beyond that the full list is walked without one (8K x 8K is 64 MiB)
 _MASK_ENTRIES = 1 << 26
@@ -112,6 +117,20 @@ class _Call:
                 self.log.sparse(backend, [*slower, *refusals], density.repeat_interleave(self.q.shape[1] // len(density)), n_q, n_seen)
         return attended.out.transpose(1, 2).contiguous()
 
+    def by_dual_chunk(self, layout: Layout, selector: Selector, dual: DualChunk, rotation: Rotation,
+                      reason: str | None) -> Tensor:
+        """Over what the selector chooses, no key farther than ``dual`` allows; ``reason`` says why the selector is Dense."""
+        found = dual_chunk_attention(self.q, ResidentKV(self.k, self.v), self._context(layout), selector, dual, rotation)
+        if self.log is not None and found.first is not None:
+            part, ctx, attended = found.first
+            backend, refusals = _explained(part.q, ResidentKV(part.k, part.v), ctx, attended)
+            n_seen = layout.q_start + self.q.shape[2]
+            if found.density is None:
+                self._note(f"dual_chunk {backend}", reason or attended.refusal or "the method reads everything", n_seen)
+            else:
+                self.log.sparse(f"dual_chunk {backend}", refusals, found.density, self.q.shape[2], n_seen)
+        return found.out.transpose(1, 2).contiguous()
+
     def ours_can(self) -> str | None:
         """None if our op can compute this call, else why not."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v, self.sinks) if t is not None):
@@ -151,19 +170,24 @@ class _Call:
     def _backend(self, attended: Attended, layout: Layout) -> tuple[str, list[str]]:
         if self.log is None:
             return "", []
-        args = attend_args(self.q, ResidentKV(self.k, self.v), self._context(layout), attended.plan, attended.blocks)
-        op = ops.block_sparse_attention
-        chosen, refusals = op.chosen(*args), []
-        for name, refusal in op.explain(*args).items():
-            if name == chosen:
-                break
-            if refusal is not None:
-                refusals.append(f"{op.name}: {name}: {refusal}")
-        return chosen, refusals
+        return _explained(self.q, ResidentKV(self.k, self.v), self._context(layout), attended)
 
     def _note(self, backend: str, reason: str, n_seen: int) -> None:
         if self.log is not None and not torch.compiler.is_compiling():
             self.log.dense(backend, reason, self.q.shape[2], self.q.shape[1], n_seen)
+
+
+def _explained(q: Tensor, kv: ResidentKV, ctx: LayerContext, attended: Attended) -> tuple[str, list[str]]:
+    """Which backend computed ``attended``, and why faster ones did not."""
+    args = attend_args(q, kv, ctx, attended.plan, attended.blocks)
+    op = ops.block_sparse_attention
+    chosen, refusals = op.chosen(*args), []
+    for name, refusal in op.explain(*args).items():
+        if name == chosen:
+            break
+        if refusal is not None:
+            refusals.append(f"{op.name}: {name}: {refusal}")
+    return chosen, refusals
 
 
 def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -189,9 +213,14 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
         return call.by_sdpa(attention_mask[:, None, None].bool() if padding else attention_mask, False, "not causal"), None
     unwanted = _why_dense(config, module, n_q, n_k)
     refusal = call.ours_can()
-    layout = None
-    if attention_mask is None or attention_mask.dim() == 2:
-        layout = layout_of(attention_mask, n_q, n_k)
+    layout, rotation = None, patched.rotation if patched else None
+    if rotation is not None and torch.compiler.is_compiling():
+        refusal = "torch.compile is tracing it"
+    exact = attention_mask is not None and attention_mask.dim() != 2
+    one = exact and rotation is not None and refusal is None and attention_mask.shape[1:3] == (1, 1)
+    one = one and attention_mask.dtype == torch.bool  # decoding with a StaticCache
+    if one or not exact:
+        layout = layout_of_one(attention_mask) if one else layout_of(attention_mask, n_q, n_k)
         if unwanted is None and layout.n_seen < config.dense_below:
             unwanted = f"fewer than {config.dense_below} keys"
         if layout.holes:
@@ -213,6 +242,11 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
             attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, n_k, query.dtype, query.device,
                                                              positions.expand(query.shape[0], -1))
         layout = None
+    if rotation is not None and config.dual_chunk.changes(layout.offset + layout.n_seen if layout else n_k):
+        refusal = "its cache let go of the first keys" if layout is not None and layout.offset else refusal
+        require(refusal is None,
+                f"dual_chunk cannot serve a call over {n_k} keys: {refusal}; a plain one would leave the trained range")
+        return call.by_dual_chunk(layout, Dense() if unwanted else config.prefill, config.dual_chunk, rotation, unwanted), None
     if unwanted is None and refusal is None:
         return call.by_selector(layout, config.prefill), None
     if unwanted is None and not torch.compiler.is_compiling():
@@ -324,8 +358,9 @@ def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
-def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention", dense_layers: tuple[int, ...] = (),
-          dense_below: int = 4096, min_queries: int = 16) -> Handle:
+def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, dense_layers: tuple[int, ...] = (),
+          dense_below: int = 4096, min_queries: int = 16, dual_chunk: DualChunk | dict | None = None,
+          profile: Profile | str | Path | None = None) -> Handle:
     """Make ``model`` read during prefill only what ``prefill`` chooses.
 
     Only the text model of a composite model is touched. Prompts over fewer than ``dense_below`` tokens (padding aside, longest
@@ -333,13 +368,18 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention",
 
     Args:
         model: a transformers model whose class calls transformers' attention interface.
-        prefill: a selector, a method's name, or its JSON form ``{"name": "xattention", "threshold": 0.9}``.
+        prefill: a selector, a method's name, or its JSON form ``{"name": "xattention", "threshold": 0.9}``; None for xattention, or
+            for the method of the profile.
         dense_layers: indices of layers that stay dense.
         dense_below: tokens.
         min_queries: tokens; calls with fewer queries run dense.
+        dual_chunk: lets layers with RoPE and without a sliding window read texts longer than the model was trained for, in
+            prefill and decoding, dense or sparse; a ``DualChunk`` or a dict of its fields.
+        profile: what ``python -m sparse_attn.calibrate`` wrote for this model, or the file it wrote; excludes ``prefill``.
 
     Raises:
-        ContractError: on a model that cannot be driven or is patched already, or on bad arguments; the model is then untouched.
+        ContractError: on a model that cannot be driven or is patched already, on bad arguments, or on the profile of another model;
+            the model is then untouched.
 
     Example (not run here)::
 
@@ -349,26 +389,90 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict = "xattention",
     """
     require(isinstance(model, PreTrainedModel),
             f"patch needs a transformers model, got {type(model).__name__}; patch before compiling or wrapping it")
-    config = SparseAttnConfig(as_selector(prefill), dense_layers, dense_below, min_queries)
+    require(prefill is None or profile is None, "give prefill or profile, not both; a profile names its own method")
+    if profile is not None:
+        profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        prefill = profile.selector()
+    selector = as_selector("xattention" if prefill is None else prefill)
+    config = SparseAttnConfig(selector, dense_layers, dense_below, min_queries, dual_chunk)
     tower = _text_model(model)
     for cls in (type(model), type(tower)):
         require(cls._can_set_attn_implementation(), f"{cls.__name__} computes attention itself and cannot be driven; "
                 "it does not use transformers' attention interface")
-    modules = {name: m for name, m in tower.named_modules() if _is_attention(m)}
+    modules = _attention_of(tower)
     require(bool(modules), f"{type(tower).__name__} has no attention layer to patch")
     require(not any("_sparse_attn" in m.__dict__ for m in modules.values()),
             f"this {type(model).__name__} is patched already; call undo() on its handle first")
     n_layers = 1 + max(layer_of(m) for m in modules.values())
     over = [i for i in config.dense_layers if i >= n_layers]
     require(not over, f"dense_layers names layer {over[0] if over else ''} but the model has {n_layers}")
+    if profile is not None:
+        profile.require_model(model_id(model))
+    turns = rotations(tower, modules) if config.dual_chunk else {}
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return Handle(_around(tower, modules), modules, list(configs.values()), config)
+    return Handle(_around(tower, modules), modules, list(configs.values()), config, turns)
 
 
 def _around(tower: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> torch.nn.Module:
     """The smallest model that holds all ``layers``: its forward runs whether it is called itself or by a head on top."""
     wanted = set(layers.values())
     return [m for m in tower.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())][-1]
+
+
+def model_id(model: PreTrainedModel) -> ModelId:
+    """What a profile says about the model it was made for."""
+    tower = _text_model(model)
+    modules = _attention_of(tower)
+    require(bool(modules), f"{type(tower).__name__} has no attention layer to calibrate")
+    return ModelId.of(_around(tower, modules), 1 + max(layer_of(m) for m in modules.values()))
+
+
+def load(path: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Causal language model and tokenizer from a local folder or a hub id.
+
+    Raises:
+        ContractError: if nothing can be loaded from there.
+    """
+    require(Path(path).exists() or path.count("/") == 1 and path[0] not in "./~",
+            f"model path {path} does not exist; give a folder with config.json or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ContractError(f"model {path} cannot be loaded ({reason}); give a folder with config.json or a hub id") from error
+    return model.to(device).eval(), tokenizer
+
+
+@torch.inference_mode()
+def observe(model: PreTrainedModel, ids: Tensor, see: Callable[[Tensor, KVView, LayerContext], None]) -> None:
+    """Prefill ``ids`` ``[1, N]`` dense, showing ``see`` the q, keys, values and context of each attention layer in turn.
+
+    Raises:
+        ContractError: if the attention of some layer is not one that a method could serve.
+    """
+    looking = _Looking(see, set())
+    with patch(model, prefill=looking, dense_below=0, min_queries=0) as patched:
+        model.base_model(input_ids=ids.to(model.device), use_cache=False)
+        for row in patched.report().layers:
+            why = "; ".join(row.reasons) or "it was not called"
+            require(row.layer in looking.layers, f"layer {row.layer} cannot be calibrated: {why}")
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """Reads everything, and shows what it was given."""
+
+    see: Callable[[Tensor, KVView, LayerContext], None]
+    layers: set[int]
+
+    def select(self, q: Tensor, kv: KVView, ctx: LayerContext) -> ReadPlan:
+        try:
+            self.see(q, kv, ctx)
+        except NotServed as reason:
+            raise ContractError(f"layer {ctx.layer} cannot be calibrated: {reason}") from reason
+        self.layers.add(ctx.layer)
+        return ReadPlan()
 
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -382,8 +486,9 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text), model)
 
 
-def _is_attention(module: torch.nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+def _attention_of(tower: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Its attention modules by path."""
+    return {name: m for name, m in tower.named_modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")}
 
 
 def _register() -> None:

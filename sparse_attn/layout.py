@@ -13,7 +13,7 @@ mask function again, it is the plain padding mask::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,6 +81,15 @@ def layout_of(mask: Tensor | None, n_q: int, n_k: int) -> Layout:
     if (n_q, n_k) not in known:
         known[n_q, n_k] = _read(mask, n_q, n_k)
     return known[n_q, n_k]
+
+
+def layout_of_one(mask: Tensor) -> Layout:
+    """The geometry behind an exact bool mask ``[B, 1, 1, n_k]`` of a single query, which is the last key that it may see.
+
+    What transformers asks for when it decodes with a StaticCache.
+    """
+    layout = _read(mask[:, 0, 0].int(), 1, mask.shape[3])
+    return replace(layout, q_start=layout.n_seen - 1, _allowed={})
 
 
 def allowed_traced(mask: Tensor, n_q: int, n_k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """python -m benchmarks.needle: does a model still find a sentence hidden in a long text when it reads only part of it?
 
-Every case runs dense and with each ``--prefill`` method on the same prompt. One JSON line per case and method; a run that
-was stopped goes on from its file.
+Every case runs dense and with each ``--prefill`` and ``--profile`` on the same prompt. One JSON line per case and method; a run
+that was stopped goes on from its file.
 """
 
 import argparse
@@ -36,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--prefill", action="append", default=[], metavar="NAME", help="method to compare with dense; may be repeated")
     add("--prefill-args", action="append", default=[], metavar="JSON", help="its arguments: once for all, or once per --prefill")
+    add("--profile", action="append", default=[], type=Path, metavar="FILE",
+        help="a calibrated profile of the model to compare with dense; may be repeated")
+    add("--dual-chunk", metavar="JSON", help="""read with dual chunk attention, e.g. '{"chunk": 2048, "local": 256}':
+every --prefill, or dense if there is none; the baseline stays plain""")
     add("--no-baseline", action="store_true", help="do not run dense")
     add("--lengths", default="1024,2048,4096,8192,16384,32768", help="prompt lengths in tokens (default: %(default)s)")
     add("--depths", type=int, default=5, help="how many needle depths from start to end (default: %(default)s)")
@@ -62,6 +66,16 @@ def _numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
+def _object(text: str, option: str, example: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise NeedleError(f"{option} {text!r} is not JSON ({error}); give an object such as {example}") from None
+    if not isinstance(value, dict):
+        raise NeedleError(f"{option} {text!r} is not an object; give one such as {example}")
+    return value
+
+
 def _methods(args: argparse.Namespace) -> list[runner.Method]:
     if len(args.prefill_args) > 1 and len(args.prefill_args) != len(args.prefill):
         raise NeedleError(
@@ -71,19 +85,17 @@ def _methods(args: argparse.Namespace) -> list[runner.Method]:
         raise NeedleError("--prefill-args has no --prefill to apply to; name a method")
     texts = args.prefill_args if len(args.prefill_args) == len(args.prefill) else (args.prefill_args or ["{}"]) * len(args.prefill)
     methods = [] if args.no_baseline else [runner.Method()]
-    for name, text in zip(args.prefill, texts):
-        try:
-            arguments = json.loads(text)
-        except ValueError as error:
-            raise NeedleError(f"--prefill-args {text!r} is not JSON ({error}); give an object such as {{\"threshold\": 0.9}}") from None
-        if not isinstance(arguments, dict):
-            raise NeedleError(f"--prefill-args {text!r} is not an object; give one such as {{\"threshold\": 0.9}}")
-        method = runner.Method(name, arguments)
+    dual = {} if args.dual_chunk is None else _object(args.dual_chunk, "--dual-chunk", '{"chunk": 2048, "local": 256}')
+    if args.dual_chunk is not None and not dual:
+        raise NeedleError("--dual-chunk {} holds nothing; give chunk and local, or leave it out")
+    for name, text in zip(args.prefill or ["dense"] * bool(dual), texts or ["{}"]):
+        method = runner.Method(name, _object(text, "--prefill-args", '{"threshold": 0.9}'), dual)
         method.check()
         if method not in methods:
             methods.append(method)
+    methods += [runner.Method.calibrated(path, dual) for path in dict.fromkeys(args.profile)]
     if not methods:
-        raise NeedleError("nothing to run: --no-baseline without --prefill; name a method")
+        raise NeedleError("nothing to run: --no-baseline without --prefill or --profile; name a method")
     return methods
 
 
@@ -146,6 +158,8 @@ def _needle(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     dtype = runner.pick_dtype(args.dtype, device)
     model, tokenizer = runner.load(args.model, device, dtype, args.trust_remote_code)
+    for method in methods:
+        method.require_model(model)
     haystack = runner.make_haystack(tokenizer, text)
     shortest = batches[0][0].length
     for task in {batch[0].task for batch in batches}:

@@ -5,12 +5,15 @@ recent key words (the topic) over windows of different widths. Layer 1 (no RoPE,
 query's last three codes and its topic against those stored at every key, and copies the token found there. The start
 token takes the mass of every query that finds no match.
 
-Sharpness comes from the logits: a full match stands ``MATCH - SINK`` nats above the start token, which stands ``SINK``
+Sharpness comes from the logits: a full match stands ``codes + topics - sink`` nats above the start token, which stands ``sink``
 nats above everything else, so that the pattern survives being averaged over the pairs that a block estimator samples.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,14 +21,62 @@ from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausa
 
 from .haystack import KEY_ADJECTIVES, KEY_NOUNS
 
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
-MAX_POSITIONS = 262144
-ROPE_THETA = 1e5
-CODE, TOPIC, COPY = 14, 20, 64  # channels of a token code, a topic and a copied token
+HEADS, KV_HEADS = 6, 2
 
-# nats in layer 1: all three codes, the topic, the start token; a full match reaches CODES + TOPICS
-CODES, TOPICS, SINK = 120.0, 125.0, 180.0
-MATCH = CODES + TOPICS
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, and what its circuits are made for.
+
+    Attributes:
+        positions: ``max_position_embeddings``.
+        fitted: layer 0 is fitted to distances below this, tokens.
+        theta: RoPE base.
+        code, topic, copy: channels of a token code, a topic and a copied token.
+        codes, topics, sink: nats in layer 1 of all three codes, the topic, the start token; a full match reaches codes + topics.
+        rope: layer 1 has RoPE too: what it matches lies on the slowest pairs of channels, one full turn of which takes
+            thousands of tokens, so that a match fades with distance.
+    """
+
+    hidden: int = 320
+    intermediate: int = 256
+    head_dim: int = 64
+    positions: int = 262144
+    fitted: int = 131072
+    theta: float = 1e5
+    code: int = 14
+    topic: int = 20
+    copy: int = 64
+    codes: float = 120.0
+    topics: float = 125.0
+    sink: float = 180.0
+    rope: bool = False
+
+    @cached_property
+    def slot(self) -> dict[str, slice]:
+        """Where each piece lives in the residual stream; ``free`` is the rest, for training."""
+        sizes = dict(const=1, filler=1, bos=1, keyword=1, copy_in=self.copy, topic_in=self.topic, code=self.code, back1=self.code,
+                     back2=self.code, back3=self.code, topic_long=self.topic, topic_short=self.topic, topic_mid=self.topic,
+                     copy_out=self.copy)  # fmt: skip
+        ends = list(accumulate(sizes.values()))
+        slots = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
+        return slots | {"free": slice(ends[-1], self.hidden)}
+
+    def channels(self) -> tuple[int, list[int], list[int]]:
+        """Channels of a layer 1 head that hold the start token, three codes, the topic."""
+        half, size = self.head_dim // 2, 3 * self.code
+        if not self.rope:
+            return 0, list(range(1, 1 + size)), list(range(1 + size, 1 + size + self.topic))
+        # the start token is far from everyone: the slowest pair is its own
+        slowest = [pair + side for pair in range(half - 2, -1, -1) for side in (0, half)]
+        return half - 1, slowest[:size], slowest[size : size + self.topic]
+
+
+LONG = Shape()
+# the weakest match (of the first digit, 190 nats or more side by side) keeps 162 to 175 nats at 2048 tokens, 130 to 150 at 3000 and
+# 90 to 115 at 4096, so that beyond some 2500 the start token wins
+SHORT = Shape(hidden=192, intermediate=16, head_dim=128, positions=2048, fitted=2049, theta=5e4, code=7, topic=16, copy=48,
+              sink=152.0, rope=True)  # fmt: skip
 HEAD_SCALE = (1.0, 1.15, 1.3)  # the three query heads of a group differ in sharpness
 COPY_LOGIT = 90.0
 KEYWORD_BOOST = 22.0  # nats a key word gains in the topic heads of layer 0
@@ -33,32 +84,21 @@ KEYWORD_BOOST = 22.0  # nats a key word gains in the topic heads of layer 0
 TOPIC_WINDOWS = {"topic_long": (64, 0.04), "topic_short": (9, 0.1), "topic_mid": (24, 0.05)}
 TOPIC_NORM = 0.52  # squared norm of an adjective and a noun mixed by those slopes
 QUIET = 0.15  # norm of the code of a token that no needle is made of
-
-# residual stream: where each piece lives; the rest is free for training
-_SIZES = dict(const=1, filler=1, bos=1, keyword=1, copy_in=COPY, topic_in=TOPIC, code=CODE, back1=CODE, back2=CODE,
-              back3=CODE, topic_long=TOPIC, topic_short=TOPIC, topic_mid=TOPIC, copy_out=COPY)  # fmt: skip
-HIDDEN, INTERMEDIATE = 320, 256
-SLOT: dict[str, slice] = {}
-_at = 0
-for _name, _size in _SIZES.items():
-    SLOT[_name] = slice(_at, _at + _size)
-    _at += _size
-FREE = slice(_at, HIDDEN)
 _CONST, _NORM = 15.0, 16.0  # the constant outweighs what varies, so RMSNorm scales every token alike
 
 
-def config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
+def config(tokenizer: PreTrainedTokenizerFast, shape: Shape = LONG) -> SmolLM3Config:
     return SmolLM3Config(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
         num_hidden_layers=2,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        no_rope_layers=[1, 0],
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
+        no_rope_layers=[1, int(shape.rope)],
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -66,25 +106,25 @@ def config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
     )
 
 
-def frequencies(pairs: int = HEAD_DIM // 2) -> Tensor:
-    return ROPE_THETA ** -(torch.arange(0, 2 * pairs, 2, dtype=torch.float64) / HEAD_DIM)
+def frequencies(pairs: int, shape: Shape) -> Tensor:
+    return shape.theta ** -(torch.arange(0, 2 * pairs, 2, dtype=torch.float64) / shape.head_dim)
 
 
-def waves(distance: Tensor, pairs: int) -> Tensor:
+def waves(distance: Tensor, pairs: int, shape: Shape) -> Tensor:
     """What constant q and k can make of RoPE: their logit is this times a weight vector, ``[..., 2 * pairs]``."""
-    angle = distance[..., None] * frequencies(pairs)
+    angle = distance[..., None] * frequencies(pairs, shape)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
-def _sampled_distances() -> tuple[Tensor, Tensor]:
-    near, far = torch.arange(2048, dtype=torch.float64), torch.arange(2048, 131072, 37, dtype=torch.float64)
+def _sampled_distances(shape: Shape) -> tuple[Tensor, Tensor]:
+    near, far = torch.arange(2048, dtype=torch.float64), torch.arange(2048, shape.fitted, 37, dtype=torch.float64)
     return torch.cat([near, far]), torch.cat([torch.zeros_like(near), torch.full_like(far, math.log(37))])
 
 
-def _antidiagonal_waves(stride: int, groups: int, pairs: int) -> Tensor:
+def _antidiagonal_waves(stride: int, groups: int, pairs: int, shape: Shape) -> Tensor:
     """Mean of ``waves`` over the pairs that an antidiagonal of a ``stride`` tile samples, per distance in groups."""
     apart = torch.arange(groups, dtype=torch.float64)[:, None] * stride
-    return waves(apart + stride - 1 - 2 * torch.arange(stride, dtype=torch.float64), pairs).mean(1)
+    return waves(apart + stride - 1 - 2 * torch.arange(stride, dtype=torch.float64), pairs, shape).mean(1)
 
 
 def _least(loss: Callable[[Tensor], Tensor], pairs: int) -> Tensor:
@@ -102,16 +142,16 @@ def _least(loss: Callable[[Tensor], Tensor], pairs: int) -> Tensor:
     return weights.detach()
 
 
-def fit_one_back(back: int, margin: float = 9.0, local: int = 80) -> Tensor:
+def fit_one_back(back: int, shape: Shape = LONG, margin: float = 9.0, local: int = 80) -> Tensor:
     """RoPE weights of a head that attends to the token ``back`` places back and to nothing else.
 
     An estimator that samples antidiagonals sees only every second distance, blurred over a stride. The blurred logit is
     held level over the last ``local`` tokens, so that the block before a block boundary is always read too.
     """
-    pairs = HEAD_DIM // 2
-    distance, log_count = _sampled_distances()
-    basis, at = waves(distance, pairs), torch.tensor(back)
-    blurred = [(stride, _antidiagonal_waves(stride, 16384 // stride, pairs)) for stride in (8, 16)]
+    pairs = shape.head_dim // 2
+    distance, log_count = _sampled_distances(shape)
+    basis, at = waves(distance, pairs, shape), torch.tensor(back)
+    blurred = [(stride, _antidiagonal_waves(stride, min(16384, shape.fitted) // stride, pairs, shape)) for stride in (8, 16)]
 
     def loss(weights: Tensor) -> Tensor:
         logit = basis @ weights + log_count
@@ -128,14 +168,14 @@ def fit_one_back(back: int, margin: float = 9.0, local: int = 80) -> Tensor:
     return _least(loss, pairs)
 
 
-def fit_window(width: int, slope: float, drop: float) -> Tensor:
+def fit_window(width: int, slope: float, drop: float, shape: Shape = LONG) -> Tensor:
     """RoPE weights of a head that is nearly level for ``width`` tokens, falling by ``slope`` a token, then ``drop`` lower.
 
     Uses all pairs but the slowest, which carries the key word flag.
     """
-    pairs = HEAD_DIM // 2 - 1
-    distance, _ = _sampled_distances()
-    basis, inside, outside = waves(distance, pairs), distance <= width, distance >= 2.2 * width + 8
+    pairs = shape.head_dim // 2 - 1
+    distance, _ = _sampled_distances(shape)
+    basis, inside, outside = waves(distance, pairs, shape), distance <= width, distance >= 2.2 * width + 8
     wanted = -slope * distance
 
     def loss(weights: Tensor) -> Tensor:
@@ -167,104 +207,108 @@ def _single_tokens(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> 
     return [pieces[0] for pieces in ids]
 
 
-def _embeddings(tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The embedding table ``[V, HIDDEN]`` and the copy codes ``[V, COPY]`` the output reads."""
-    size = len(tokenizer)
-    table = torch.zeros(size, HIDDEN, dtype=torch.float64)
-    copies = _codes(size, COPY, generator)
+def _embeddings(tokenizer: PreTrainedTokenizerFast, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The embedding table ``[V, hidden]`` and the copy codes ``[V, copy]`` the output reads."""
+    size, slot = len(tokenizer), shape.slot
+    table = torch.zeros(size, shape.hidden, dtype=torch.float64)
+    copies = _codes(size, shape.copy, generator)
     copies[tokenizer.all_special_ids] = 0
     loud = _single_tokens(tokenizer, (" code", " remember", " is", " ", *"0123456789"))
-    codes = QUIET * torch.nn.functional.normalize(torch.randn(size, CODE, generator=generator).double(), dim=1)
-    codes[loud] = _codes(len(loud), CODE, generator)
+    codes = QUIET * torch.nn.functional.normalize(torch.randn(size, shape.code, generator=generator).double(), dim=1)
+    codes[loud] = _codes(len(loud), shape.code, generator)
     adjectives, nouns = ([f" {word}" for word in words] for words in (KEY_ADJECTIVES, KEY_NOUNS))
     keywords = _single_tokens(tokenizer, adjectives + nouns)
-    table[:, SLOT["const"]] = _CONST
-    table[:, SLOT["copy_in"]] = copies
-    table[:, SLOT["code"]] = codes
+    table[:, slot["const"]] = _CONST
+    table[:, slot["copy_in"]] = copies
+    table[:, slot["code"]] = codes
     # adjectives and nouns in channels of their own: every pair mixes to the same norm
-    topics = (_codes(len(words), TOPIC // 2, generator) for words in (adjectives, nouns))
-    table[keywords, SLOT["topic_in"]] = torch.block_diag(*topics)
-    table[keywords, SLOT["keyword"]] = 1
+    topics = (_codes(len(words), shape.topic // 2, generator) for words in (adjectives, nouns))
+    table[keywords, slot["topic_in"]] = torch.block_diag(*topics)
+    table[keywords, slot["keyword"]] = 1
     start = tokenizer.bos_token_id
     table[start] = 0
-    table[start, SLOT["const"]], table[start, SLOT["bos"]] = _CONST, 1
-    table[:, SLOT["filler"]] = (_NORM**2 - table.square().sum(1, keepdim=True)).sqrt()
-    table[:, FREE] = 0.05 * torch.randn(size, HIDDEN - FREE.start, generator=generator).double()
+    table[start, slot["const"]], table[start, slot["bos"]] = _CONST, 1
+    table[:, slot["filler"]] = (_NORM**2 - table.square().sum(1, keepdim=True)).sqrt()
+    table[:, slot["free"]] = 0.05 * torch.randn(size, shape.hidden - slot["free"].start, generator=generator).double()
     return table, copies
 
 
-def build(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolLM3ForCausalLM:
+def build(tokenizer: PreTrainedTokenizerFast, seed: int, shape: Shape = LONG) -> SmolLM3ForCausalLM:
     """A model that answers needle questions before any training, in float32."""
     generator = torch.Generator().manual_seed(seed)
-    model = SmolLM3ForCausalLM(config(tokenizer)).float().eval()
+    model = SmolLM3ForCausalLM(config(tokenizer, shape)).float().eval()
     for weight in model.parameters():  # RMSNorm weights stay 1
         if weight.ndim == 2:
             weight.data = torch.randn(weight.shape, generator=generator) * 0.02
-    table, copies = _embeddings(tokenizer, generator)
+    table, copies = _embeddings(tokenizer, shape, generator)
     model.model.embed_tokens.weight.data = table.float()
     model.lm_head.weight.data.zero_()
 
-    gain = HIDDEN**0.5 / _NORM  # what RMSNorm multiplies a channel by
-    root = HEAD_DIM**0.25  # half of the softmax scale, given to q and to k each
-    const = SLOT["const"].start
+    slot, code, dim = shape.slot, shape.code, shape.head_dim
+    gain = shape.hidden**0.5 / _NORM  # what RMSNorm multiplies a channel by
+    root = dim**0.25  # half of the softmax scale, given to q and to k each
+    const = slot["const"].start
     group = HEADS // KV_HEADS
 
     def empty(rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=torch.float64)
 
-    def head(index: int, channels: slice = slice(0, HEAD_DIM)) -> slice:
-        return slice(index * HEAD_DIM + channels.start, index * HEAD_DIM + channels.stop)
+    def head(index: int, size: int) -> slice:
+        return slice(index * dim, index * dim + size)
+
+    def at(index: int, channels: list[int]) -> list[int]:
+        return [index * dim + channel for channel in channels]
 
     def put(layer: int, **weights: Tensor) -> None:
         for name, weight in weights.items():
             getattr(model.model.layers[layer].self_attn, f"{name}_proj").weight.data = weight.float()
 
     # layer 0: RoPE pair i is channels (i, i + D/2); a constant key (1, 0) meets the query's (a, -b) as a cos + b sin
-    q, k = empty(HEADS * HEAD_DIM, HIDDEN), empty(KV_HEADS * HEAD_DIM, HIDDEN)
-    v, o = empty(KV_HEADS * HEAD_DIM, HIDDEN), empty(HIDDEN, HEADS * HEAD_DIM)
-    half, unit = HEAD_DIM // 2, root / (gain * _CONST)
+    q, k = empty(HEADS * dim, shape.hidden), empty(KV_HEADS * dim, shape.hidden)
+    v, o = empty(KV_HEADS * dim, shape.hidden), empty(shape.hidden, HEADS * dim)
+    half, unit = dim // 2, root / (gain * _CONST)
     key_scale = 2.0
     k[0:half, const] = unit * key_scale
-    k[HEAD_DIM : HEAD_DIM + half - 1, const] = unit * key_scale
-    k[HEAD_DIM + half - 1, SLOT["keyword"]] = KEYWORD_BOOST**0.5 * root / gain
-    v[head(0, slice(0, CODE)), SLOT["code"]] = torch.eye(CODE, dtype=torch.float64) / gain
-    v[head(1, slice(0, TOPIC)), SLOT["topic_in"]] = torch.eye(TOPIC, dtype=torch.float64) / gain
-    heads = [(fit_one_back(back), f"back{back}", CODE) for back in (1, 2, 3)]
-    heads += [(fit_window(*shape, drop=KEYWORD_BOOST + 4), name, TOPIC) for name, shape in TOPIC_WINDOWS.items()]
+    k[dim : dim + half - 1, const] = unit * key_scale
+    k[dim + half - 1, slot["keyword"]] = KEYWORD_BOOST**0.5 * root / gain
+    v[head(0, code), slot["code"]] = torch.eye(code, dtype=torch.float64) / gain
+    v[head(1, shape.topic), slot["topic_in"]] = torch.eye(shape.topic, dtype=torch.float64) / gain
+    heads = [(fit_one_back(back, shape), f"back{back}", code) for back in (1, 2, 3)]
+    heads += [(fit_window(*window, KEYWORD_BOOST + 4, shape), name, shape.topic) for name, window in TOPIC_WINDOWS.items()]
     for index, (weights, name, size) in enumerate(heads):
         cosine, sine = weights.view(2, -1)
-        at = index * HEAD_DIM
-        q[at : at + len(cosine), const] = cosine * unit / key_scale
-        q[at + half : at + half + len(sine), const] = -sine * unit / key_scale
-        if size == TOPIC:
-            q[at + half - 1, const] = KEYWORD_BOOST**0.5 * unit
-        o[SLOT[name], head(index, slice(0, size))] = torch.eye(size, dtype=torch.float64)
+        first = index * dim
+        q[first : first + len(cosine), const] = cosine * unit / key_scale
+        q[first + half : first + half + len(sine), const] = -sine * unit / key_scale
+        if size == shape.topic:
+            q[first + half - 1, const] = KEYWORD_BOOST**0.5 * unit
+        o[slot[name], head(index, size)] = torch.eye(size, dtype=torch.float64)
     put(0, q=q, k=k, v=v, o=o)
 
     # layer 1: channels of a head are the start token, three codes, the topic
-    q, k = empty(HEADS * HEAD_DIM, HIDDEN), empty(KV_HEADS * HEAD_DIM, HIDDEN)
-    v, o = empty(KV_HEADS * HEAD_DIM, HIDDEN), empty(HIDDEN, HEADS * HEAD_DIM)
-    codes = [slice(1 + i * CODE, 1 + (i + 1) * CODE) for i in range(3)]
-    topic = slice(codes[-1].stop, codes[-1].stop + TOPIC)
-    code_eye, topic_eye = torch.eye(CODE, dtype=torch.float64), torch.eye(TOPIC, dtype=torch.float64)
-    per_code = (CODES / 3) ** 0.5 * root / gain
-    per_topic = (TOPICS / TOPIC_NORM) ** 0.5 * root / gain
+    q, k = empty(HEADS * dim, shape.hidden), empty(KV_HEADS * dim, shape.hidden)
+    v, o = empty(KV_HEADS * dim, shape.hidden), empty(shape.hidden, HEADS * dim)
+    start, places, topic = shape.channels()
+    codes = [places[i * code : (i + 1) * code] for i in range(3)]
+    code_eye, topic_eye = torch.eye(code, dtype=torch.float64), torch.eye(shape.topic, dtype=torch.float64)
+    per_code = (shape.codes / 3) ** 0.5 * root / gain
+    per_topic = (shape.topics / TOPIC_NORM) ** 0.5 * root / gain
     for index in range(KV_HEADS):
-        k[head(index, slice(0, 1)), SLOT["bos"]] = SINK**0.5 * root / gain
+        k[index * dim + start, slot["bos"]] = shape.sink**0.5 * root / gain
         for place, name in zip(codes, ("back1", "back2", "back3")):
-            k[head(index, place), SLOT[name]] = code_eye * per_code
+            k[at(index, place), slot[name]] = code_eye * per_code
         for name in ("topic_long", "topic_mid") if index == 0 else ("topic_short", "topic_mid"):
-            k[head(index, topic), SLOT[name]] = topic_eye * per_topic / 2
-        v[head(index), SLOT["copy_in"]] = torch.eye(COPY, dtype=torch.float64) / gain
+            k[at(index, topic), slot[name]] = topic_eye * per_topic / 2
+        v[head(index, shape.copy), slot["copy_in"]] = torch.eye(shape.copy, dtype=torch.float64) / gain
     for index in range(HEADS):
         scale = HEAD_SCALE[index % group]
-        q[head(index, slice(0, 1)), const] = scale * SINK**0.5 * unit
+        q[index * dim + start, const] = scale * shape.sink**0.5 * unit
         for place, name in zip(codes, ("code", "back1", "back2")):
-            q[head(index, place), SLOT[name]] = code_eye * (scale * per_code)
-        q[head(index, topic), SLOT["topic_long"]] = topic_eye * (scale * per_topic)
-        o[SLOT["copy_out"], head(index)] = torch.eye(COPY, dtype=torch.float64) / HEADS
+            q[at(index, place), slot[name]] = code_eye * (scale * per_code)
+        q[at(index, topic), slot["topic_long"]] = topic_eye * (scale * per_topic)
+        o[slot["copy_out"], head(index, shape.copy)] = torch.eye(shape.copy, dtype=torch.float64) / HEADS
     put(1, q=q, k=k, v=v, o=o)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data.zero_()
-    model.lm_head.weight.data[:, SLOT["copy_out"]] = (copies * (COPY_LOGIT / gain)).float()
+    model.lm_head.weight.data[:, slot["copy_out"]] = (copies * (COPY_LOGIT / gain)).float()
     return model

@@ -63,7 +63,7 @@ class CaseFile:
             os.truncate(path, len(whole))
 
     def key(self, row: Row) -> str:
-        return json.dumps([row[name] for name in self._key], sort_keys=True)
+        return json.dumps([*(row[name] for name in self._key), row.get("dual_chunk", {})], sort_keys=True)
 
     def done(self) -> dict[str, Row]:
         return {self.key(row): row for row in self.rows}
@@ -81,8 +81,12 @@ def _starts_a_case(text: bytes) -> bool:
 
 
 def method_name(row: Row) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in row["prefill_args"].items())
-    return f"{row['prefill']}({arguments})" if arguments else row["prefill"]
+    def called(name: str, arguments: dict) -> str:
+        inside = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        return f"{name}({inside})" if inside else name
+
+    plain = called(row["prefill"], row["prefill_args"])
+    return f"{plain} + {called('dual_chunk', row['dual_chunk'])}" if row.get("dual_chunk") else plain
 
 
 def _mean(rows: list[Row], name: str) -> float:
@@ -95,7 +99,7 @@ def _pair(row: Row) -> tuple:
 
 def summary(rows: list[Row]) -> list[Row]:
     """One row per method and length: accuracy per task, density, seconds, paired speedup over dense."""
-    dense = {_pair(row): row["prefill_s"] for row in rows if row["prefill"] == "dense"}
+    dense = {_pair(row): row["prefill_s"] for row in rows if method_name(row) == "dense"}
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["length"], method_name(row)].append(row)

@@ -25,19 +25,45 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Method:
-    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``."""
+    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``.
+
+    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file of
+    a calibrated profile, ``arguments`` only tell the profile's file name and content.
+    """
 
     name: str = "dense"
     arguments: dict[str, object] = field(default_factory=dict)
+    dual_chunk: dict[str, object] = field(default_factory=dict)
+    profile: Path | None = None
+
+    @classmethod
+    def calibrated(cls, path: Path, dual_chunk: dict[str, object] | None = None) -> "Method":
+        """The method of a profile; raises NeedleError unless the file holds one."""
+        from sparse_attn.profile import load as load_profile
+
+        try:
+            name = load_profile(path).method
+        except ValueError as error:
+            raise NeedleError(f"--profile: {error}") from error
+        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, dual_chunk or {}, path)
+
+    def row(self) -> Row:
+        """What a case's line says about the method; without dual chunks it reads as it always did."""
+        return {"prefill": self.name, "prefill_args": self.arguments} | ({"dual_chunk": self.dual_chunk} if self.dual_chunk else {})
 
     def check(self) -> None:
         """Raise NeedleError unless the package knows the name and accepts the arguments."""
         if self.name == "dense":
             if self.arguments:
                 raise NeedleError(f"dense takes no arguments, got {json.dumps(self.arguments)}; drop --prefill-args")
-            return
+            if not self.dual_chunk:
+                return
         import sparse_attn
 
+        try:
+            sparse_attn.SparseAttnConfig(dual_chunk=self.dual_chunk or None)
+        except ValueError as error:
+            raise NeedleError(f"--dual-chunk {json.dumps(self.dual_chunk)}: {error}") from error
         if self.name not in sparse_attn.PATTERNS:
             known = ", ".join(sorted({"dense", *sparse_attn.PATTERNS}))
             raise NeedleError(f"prefill method {self.name!r} is not known; use one of {known}")
@@ -51,16 +77,29 @@ class Method:
         except (ValueError, TypeError) as error:
             raise NeedleError(f"{self.name} refuses {json.dumps(self.arguments)}: {error}") from error
 
+    def require_model(self, model: PreTrainedModel) -> None:
+        """Raise NeedleError if the profile was made for another model; any other method suits any."""
+        if self.profile:
+            try:
+                with self.applied(model):
+                    pass
+            except ValueError as error:
+                raise NeedleError(f"--profile {self.profile}: {error}") from error
+
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[Callable[[], float]]:
         """Run the model with this method inside the block; yields a function that returns the density so far."""
-        if self.name == "dense":
+        if self.name == "dense" and not self.dual_chunk:
             yield lambda: 1.0
             return
         import sparse_attn
 
-        prefill = {"name": self.name, **self.arguments}
-        with sparse_attn.patch(model, prefill=prefill, dense_below=0) as handle:
+        how = {"profile": self.profile} if self.profile else {"prefill": {"name": self.name, **self.arguments}}
+        try:
+            handle = sparse_attn.patch(model, **how, dense_below=0, dual_chunk=self.dual_chunk or None)
+        except sparse_attn.ContractError as error:
+            raise NeedleError(str(error)) from error
+        with handle:
             yield lambda: handle.report().density
 
 
@@ -120,12 +159,12 @@ _ENDS = 1 << 20  # bytes of each end of a file that its identity is read from
 def weights_id(model: str) -> str:
     """Changes when the files of a local model change, the same wherever they lie; empty for a hub id.
 
-    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes.
+    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes. A profile is no part of the model.
     """
     folder = Path(model)
     if not folder.is_dir():
         return ""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and not path.name.startswith("profile_"))
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -249,7 +288,7 @@ def run(
     for batch in batches:
         prompts: list[Prompt] | None = None
         for method in methods:
-            how = {"prefill": method.name, "prefill_args": method.arguments}
+            how = method.row()
             keys = [file.key({**asdict(case), **how, **asdict(settings)}) for case in batch]
             if not all(key in done for key in keys):
                 if prompts is None:

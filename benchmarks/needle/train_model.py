@@ -1,8 +1,10 @@
-"""How the shipped model was made: python -m benchmarks.needle.train_model --out benchmarks/needle/model
+"""How the shipped models were made: python -m benchmarks.needle.train_model --out benchmarks/needle/model
 
 Trains the tokenizer, writes the retrieval circuits (construct.py), then trains what is left as a language model on
 generated text and needle prompts. Layer 0, attention and the channels it uses stay as built; the MLP of layer 1, the
 remaining channels and the output learn. A stopped run goes on from its checkpoint.
+
+``--short --out benchmarks/needle/model_short`` writes the circuits of construct.SHORT, made for 2048 tokens, and trains nothing.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        model_max_length=construct.MAX_POSITIONS,
+        model_max_length=construct.LONG.positions,
         clean_up_tokenization_spaces=False,
     )
 
@@ -98,14 +100,14 @@ def _trainable(model: SmolLM3ForCausalLM) -> dict[str, Tensor]:
             weight.requires_grad_(False)
             continue
         if name.endswith("embed_tokens.weight"):
-            mask[:, construct.FREE] = 1
+            mask[:, construct.LONG.slot["free"]] = 1
         elif name.endswith(("gate_proj.weight", "up_proj.weight")):
             mask[:] = 1
         elif name.endswith("down_proj.weight"):
-            mask[construct.FREE] = 1
+            mask[construct.LONG.slot["free"]] = 1
         elif name.endswith("lm_head.weight"):
             mask[:] = 1
-            mask[:, construct.SLOT["copy_out"]] = 0
+            mask[:, construct.LONG.slot["copy_out"]] = 0
         else:
             weight.requires_grad_(False)
             continue
@@ -154,6 +156,10 @@ class _Checkpoint:
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = make_tokenizer(args.seed)
+    if args.short:
+        tokenizer.model_max_length = construct.SHORT.positions
+        save(construct.build(tokenizer, args.seed, construct.SHORT), tokenizer, [], args.out)
+        return
     model = construct.build(tokenizer, args.seed).train()
     masks = _trainable(model)
     learning = [weight for name, weight in model.named_parameters() if name in masks]
@@ -193,6 +199,8 @@ def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, curve: l
     shipped.load_state_dict(model.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if not curve:
+        return
     with (out / "loss_curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, CURVE)
         writer.writeheader()
@@ -202,6 +210,7 @@ def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, curve: l
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle.train_model", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--short", action="store_true", help="the untrained model for 2048 tokens instead")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/needle/checkpoint"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--tokens", type=int, default=4096, help="per step")
