@@ -41,7 +41,7 @@ $(TEST_LIBRARIES): $(INSTALLED) $(SOURCES)
 	@touch $@ $(LIBRARIES)
 
 needle: $(LIBRARIES)
-	$(PY) -m benchmarks.needle --prefill xattention $(ARGS)
+	$(PY) -m benchmarks.needle --prefill xattention --prefill auto $(ARGS)
 
 test: $(TEST_LIBRARIES)
 	$(PY) -m pytest python_tests --durations=15 --timeout=600 $(ARGS)

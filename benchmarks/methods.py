@@ -27,24 +27,33 @@ from .needle.haystack import TASKS, NeedleError
 
 RESULTS = Path("build") / "methods.jsonl"
 # what a needle prompt cannot give a method
-WITHOUT = {"block_rank": "documents with segment ids", "duo": "a profile; see --profile of benchmarks.needle"}
+WITHOUT = {"block_rank": "documents with segment ids"}
 # methods whose defaults were made for prompts far longer than these read all of a short one; a second row shows them smaller
-SMALLER: dict[str, list[dict]] = {}
+SMALLER: dict[str, list[dict]] = {
+    "block_topk": [{"top_k": 16}],
+    "critiprefill": [{"budget": 512, "dense_below": 512}],
+    "flexprefill": [{"min_budget": 256}],
+    "minference": [{"heads": {"name": "vertical_slash", "vertical": 100, "slash": 800}}],
+    "moba": [{"block_k": 256, "top_k": 4}],
+    "proxyattn": [{"min_budget": 512}],
+}
 # one needle stands at a depth; the other tasks spread theirs over the text, so one prompt says as much
 BY_DEPTH = ("single", "multikey")
 
 
-def methods(names: Sequence[str]) -> list[runner.Method]:
-    """Dense, then every named method with its defaults and, where SMALLER has them, with smaller ones."""
+def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
+    """Dense, every named method with its defaults and, where SMALLER has them, with smaller ones, then by the model's profiles."""
     unknown = [name for name in names if name not in PATTERNS]
     if unknown:
         raise NeedleError(f"--methods names {unknown[0]!r}; there are {', '.join(sorted(PATTERNS))}")
     found = [runner.Method()]
     for name in names:
-        if name != "dense":
+        if name not in ("dense", "duo"):  # without a profile duo has no retrieval heads to read with
             found += [runner.Method(name, arguments) for arguments in ({}, *SMALLER.get(name, ()))]
     for method in found:
         method.check()
+    # what calibration found for this very model
+    found += [method for path in sorted(profiles.glob("profile_*.json")) if (method := runner.Method.calibrated(path)).name in names]
     return found
 
 
@@ -111,7 +120,7 @@ def _run(args: argparse.Namespace) -> None:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise NeedleError(f"task {unknown[0]!r} is not known; use one of {', '.join(TASKS)}")
-    chosen = methods(args.methods.split(",") if args.methods else [name for name in PATTERNS if name not in WITHOUT])
+    chosen = methods(args.methods.split(",") if args.methods else [name for name in PATTERNS if name not in WITHOUT], Path(args.model))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     file = CaseFile(args.json, runner.KEY)
     torch.set_num_threads(args.threads)

@@ -5,11 +5,11 @@ from .dual_chunk import DualChunk
 from .errors import ContractError, NoBackendError
 from .hook import register_when_imported
 from .ops import use_backend
-from .patterns import PATTERNS, Dense, XAttention
+from .patterns import PATTERNS, Auto, Chorus, Dense, XAttention
 
 __version__ = "0.1.0"
-__all__ = ["PATTERNS", "ContractError", "Dense", "DualChunk", "NoBackendError", "SparseAttnConfig", "XAttention", "patch",
-           "use_backend"]
+__all__ = ["PATTERNS", "Auto", "Chorus", "ContractError", "Dense", "DualChunk", "NoBackendError", "SparseAttnConfig", "XAttention",
+           "patch", "use_backend"]
 
 register_when_imported()
 

@@ -368,7 +368,7 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
 
     Args:
         model: a transformers model whose class calls transformers' attention interface.
-        prefill: a selector, a method's name, or its JSON form ``{"name": "xattention", "threshold": 0.9}``; None for xattention, or
+        prefill: a selector, a method's name, or its JSON form ``{"name": "xattention", "threshold": 0.9}``; None for auto, or
             for the method of the profile.
         dense_layers: indices of layers that stay dense.
         dense_below: tokens.
@@ -393,7 +393,7 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
     if profile is not None:
         profile = profile if isinstance(profile, Profile) else load_profile(profile)
         prefill = profile.selector()
-    selector = as_selector("xattention" if prefill is None else prefill)
+    selector = as_selector("auto" if prefill is None else prefill)
     config = SparseAttnConfig(selector, dense_layers, dense_below, min_queries, dual_chunk)
     tower = _text_model(model)
     for cls in (type(model), type(tower)):
