@@ -316,6 +316,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
+        "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
