@@ -371,6 +371,18 @@ def test_a_sparse_method_runs_within_dual_chunks():
         assert patched.report().density < 0.9
 
 
+@torch.no_grad()
+def test_a_method_that_needs_causality_reads_earlier_chunks_whole():
+    model, ids = tiny("Llama"), tokens(2)
+    sparse_attn.attention._warn_once.cache_clear()
+    options = dict(dual_chunk=DualChunk(40, 8), dense_below=0, min_queries=8)
+    with sparse_attn.patch(model, {"name": "a_shape", "sink_tokens": 0, "recent_tokens": 8, "block": 8}, **options) as patched:
+        with pytest.warns(UserWarning, match="AShape needs causal attention; the call runs dense"):
+            model(ids)
+        pairs, own = 81 * 82 / 2, 2 * 32 * 33 / 2 + 17 * 18 / 2
+        assert (pairs - own) / pairs < patched.report().density < 1
+
+
 REFUSED = [
     ("DeepseekV3", dict(q_lora_rank=24, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=8, v_head_dim=24, num_key_value_heads=4,
                         n_routed_experts=4, n_group=2, topk_group=1), "latent attention"),

@@ -17,7 +17,10 @@ Differs from vLLM's backend for Qwen2.5-1M:
   turned in float32, because transformers rotates before the cache. Narrow dtypes round once more.
 - Its length factor is that of the whole prompt, and its cached keys keep the factor of the time they were written. Here it is
   that of the keys a query can see, so one forward, chunked prefill and decoding agree.
-- A method that chooses blocks does so in each of three regions by itself; vLLM ranks one row of logits over all regions.
+- A method that chooses blocks does so in each of three regions by itself, so a threshold holds per region and more is read than
+  over one range; vLLM ranks one row of logits over all regions. Keys of earlier chunks have no causal order to a query that is
+  always behind them: methods that need one (vertical lines and slashes, local windows) choose in the query's own chunk only and
+  read earlier chunks whole, with one warning.
 - An empty region is left out instead of being filled with dummy columns.
 """
 
