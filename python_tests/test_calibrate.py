@@ -16,7 +16,7 @@ import sparse_attn  # noqa: E402
 from benchmarks.needle import runner  # noqa: E402
 from sparse_attn import ContractError, XAttention  # noqa: E402
 from sparse_attn import profile as profiles  # noqa: E402
-from sparse_attn.calibrate import calibrate, main  # noqa: E402
+from sparse_attn.calibrate import calibrate, main, read_texts  # noqa: E402
 from sparse_attn.hf import model_id  # noqa: E402
 from sparse_attn.patterns.choose import empty_index  # noqa: E402
 from sparse_attn.profile import ModelId, Profile  # noqa: E402
@@ -474,3 +474,10 @@ def test_the_shipped_profiles_belong_to_the_shipped_model():
         with sparse_attn.patch(model, profile=path):
             pass
     assert ModelId.of(model, 2).name == "model"
+
+
+def test_a_text_keeps_its_end_behind_the_start_token(text):
+    _, tokenizer = runner.load(str(runner.BUNDLED), "cpu", torch.float32, trust=False)
+    (whole,), (cut,) = (read_texts([str(text)], tokenizer, length)[0] for length in (0, 100))
+    assert cut[0] == whole[0] == tokenizer.bos_token_id and len(whole) == 1024
+    assert torch.equal(cut[1:], whole[-99:])

@@ -74,11 +74,13 @@ def calibrate(model, texts: Sequence[Tensor], search: Search, tick: Callable[[],
     for ids in texts:
         observe(model, ids, measure)
     mean = {i: torch.stack(of_text).mean(0).tolist() for i, of_text in figures.items()}
-    return profile(*([[round(x, 4) for x in mean[i][part]] if i in mean else whole[i] for i in range(of.layers)] for part in (0, 1)))
+    rows = [[[round(x, 4) for x in part] for part in mean[i]] if i in mean else (whole[i], whole[i]) for i in range(of.layers)]
+    return profile(*zip(*rows))
 
 
 def _absent(method: str, layer: int, of) -> list:
-    require(method in _NEUTRAL, f"layer {layer} has no attention of its own, and {method} ranks the heads of all layers; use another method")
+    require(method in _NEUTRAL,
+            f"layer {layer} has no attention of its own, and {method} ranks the heads of all layers; use another method")
     return [_NEUTRAL[method]] * getattr(of, TABLES[method][1])
 
 
@@ -88,7 +90,7 @@ def digest(texts: Sequence[Tensor]) -> str:
 
 
 def read_texts(paths: Sequence[str], tokenizer, length: int) -> list[Tensor]:
-    """Token ids of each file (``-`` is stdin): the start token if there is one, then the last ``length`` tokens; all of them for 0.
+    """Token ids of each file (``-`` is stdin): the start token if there is one, then the text's last, ``length`` in all; 0 for all.
 
     The end is kept because it is what a probe of the last queries sees: a question stays a question.
     """
@@ -142,7 +144,8 @@ def _search(args: argparse.Namespace) -> Search:
     for (name, _), owners in _options().items():
         value = getattr(args, name)
         if value is not None:
-            require(args.method in owners, f"--{name.replace('_', '-')} is for {' and '.join(owners)}, not for {args.method}; leave it out")
+            option = "--" + name.replace("_", "-")
+            require(args.method in owners, f"{option} is for {' and '.join(owners)}, not for {args.method}; leave it out")
             settings[name] = value
     return SEARCHES[args.method](**settings)
 
@@ -151,7 +154,8 @@ def _run(args: argparse.Namespace) -> None:
     search = _search(args)
     require(args.length >= 0, f"--length is {args.length}; give a number of tokens, or 0 for the whole text")
     out = Path(args.out)
-    require(not out.is_dir() and os.access(out.parent, os.W_OK), f"cannot write {out}; give a file in a folder that exists and is writable")
+    require(not out.is_dir() and os.access(out.parent, os.W_OK),
+            f"cannot write {out}; give a file in a folder that exists and is writable")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -166,7 +170,8 @@ def _run(args: argparse.Namespace) -> None:
     profile.write(out)
     heads = [x for row in profile.retained for x in row], [x for row in profile.density for x in row]
     retained, density = (sum(x) / len(x) for x in heads)
-    print(f"{out}: {args.method} for {profile.model}; retains {retained:.3f} of the mass at density {density:.3f}, worst head {min(heads[0]):.3f}")
+    print(f"{out}: {args.method} for {profile.model}; retains {retained:.3f} of the mass at density {density:.3f}, "
+          f"worst head {min(heads[0]):.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,7 +106,8 @@ class Profile:
     version: int = VERSION
 
     def __post_init__(self):
-        require(self.version == VERSION, f"the profile has version {self.version!r} but this package reads {VERSION}; calibrate again")
+        require(self.version == VERSION,
+                f"the profile has version {self.version!r} but this package reads {VERSION}; calibrate again")
         require(self.method in TABLES, f"{self.method!r} is no calibrated method; there are {', '.join(TABLES)}")
         if isinstance(self.model, dict):
             object.__setattr__(self, "model", _made(ModelId, self.model, "the profile's model"))
@@ -120,10 +121,12 @@ class Profile:
         rows, model = getattr(self, name), self.model
         require(isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows),
                 f"the profile's {name} is not a list of layers, each a list of heads; calibrate again")
-        require(len(rows) == model.layers, f"the profile's {name} has {len(rows)} layers but its model {model.layers}; calibrate again")
+        require(len(rows) == model.layers,
+                f"the profile's {name} has {len(rows)} layers but its model {model.layers}; calibrate again")
         want = model.kv_heads if name == "table" and TABLES[self.method][1] == "kv_heads" else model.heads
         for i, row in enumerate(rows):
-            require(len(row) == want, f"the profile's {name} has {len(row)} heads in layer {i} but its model {want}; calibrate again")
+            require(len(row) == want,
+                    f"the profile's {name} has {len(row)} heads in layer {i} but its model {want}; calibrate again")
         return tuple(map(tuple, rows))
 
     def selector(self) -> Selector:
@@ -132,7 +135,8 @@ class Profile:
 
     def require_model(self, model: ModelId) -> None:
         """Raise unless ``model`` is the one that was measured."""
-        same = all(getattr(self.model, f.name) == getattr(model, f.name) for f in fields(ModelId) if f.name not in ("name", "weights"))
+        shape = [f.name for f in fields(ModelId) if f.name not in ("name", "weights")]
+        same = all(getattr(self.model, name) == getattr(model, name) for name in shape)
         require(same, f"the profile was made for {self.model} but this model is {model}; calibrate this one")
         require(not self.model.weights or not model.weights or self.model.weights == model.weights,
                 f"the profile was made for other weights of {self.model} ({self.model.weights}, these are {model.weights}); "
@@ -171,7 +175,8 @@ def load(path: str | Path) -> Profile:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ContractError(f"profile {path} cannot be read ({error.strerror}); write one with python -m sparse_attn.calibrate") from error
+        why = f"profile {path} cannot be read ({error.strerror}); write one with python -m sparse_attn.calibrate"
+        raise ContractError(why) from error
     except ValueError as error:
         raise ContractError(f"profile {path} is not JSON ({error}); write one with python -m sparse_attn.calibrate") from error
     try:

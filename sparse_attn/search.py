@@ -133,7 +133,8 @@ class PatternSearch:
     vertical-slash: a search whose result is overwritten chooses nothing.
 
     Attributes:
-        density: tiles read over tiles reachable that every shape may use; where no shape can go so low, all take part at their smallest.
+        density: tiles read over tiles reachable that every shape may use; where no shape can go so low, all take part at
+            their smallest.
         last: so many last queries of a text count; 0 for all but the first quarter, where queries see so little that any pattern
             retains them. Few, to let the question at a text's end decide.
         block: edge of the blocks of every shape, tokens.
@@ -161,7 +162,8 @@ class PatternSearch:
         found: list[_Candidate] = []
         for step in range(_STEPS):
             scaled = {key: max(1, round(size * tokens * 2 ** (-step / 2))) for key, size in sizes.items()}
-            candidate = _Candidate({"name": name, **_written(name, scaled, self.block), "block": self.block}, open_heads, open_heads)
+            spec = {"name": name, **_written(name, scaled, self.block), "block": self.block}
+            candidate = _Candidate(spec, open_heads, open_heads)
             density = candidate.selector().select(q, kv, ctx).head_density().cpu()
             density = density.repeat_interleave(q.shape[1] // len(density))
             fits = open_heads & ((density <= self.density) | (step == _STEPS - 1))
@@ -217,8 +219,8 @@ class ThresholdSearch:
     The fewest block pairs that cover ``mass`` of the exact mass of the whole map are taken; the smallest estimate among them is a
     cut, and the share of the whole estimate at or above the cut is the threshold. Of several texts the largest counts.
     One block that the estimate hardly sees makes that threshold 1; ``search="lowest"`` sets no cut and finds the lowest threshold
-    that retains ``mass``, to one part in 16384. That leaves no margin: give several texts of several lengths (from two of 4096 tokens
-    alone, the model that ships missed a needle at 2048; from six it found 40 of 40).
+    that retains ``mass``, to one part in 16384. That leaves no margin: give several texts of several lengths (from two of 4096
+    tokens alone, the model that ships missed a needle at 2048; from six it found 40 of 40 at 1K to 8K).
     Source: the threshold profiler in the code of XAttention, arXiv:2503.16428.
     Differs from it in two steps. Sink and diagonal blocks set no cut, because they are read whatever their estimate; a head
     that needs nothing else gets 0. And the cut is one number for the map but the threshold is applied row by row, where it may
@@ -247,8 +249,8 @@ class ThresholdSearch:
 
     def see(self, q: Tensor, kv: KVView, ctx: LayerContext, earlier: list) -> Tensor:
         (k, _), exact, method = kv.fetch(), Exact.of(q, kv, ctx), XAttention(**self.arguments())
-        score = ops.antidiagonal_score(q, k, self.block, self.block, self.stride, ctx.scale, q_start=ctx.q_start, causal=ctx.causal,
-                                       window=ctx.window, alternate=method.alternate)
+        score = ops.antidiagonal_score(q, k, self.block, self.block, self.stride, ctx.scale, q_start=ctx.q_start,
+                                       causal=ctx.causal, window=ctx.window, alternate=method.alternate)
         index, start = empty_index(q, kv, ctx, self.block), self.first_query(kv.n_tokens)
 
         def enough(threshold: Tensor) -> Tensor:
@@ -323,7 +325,8 @@ class RetrievalSearch:
         exact, heads, kv_heads = Exact.of(q, kv, ctx), q.shape[1], kv.fetch()[0].shape[1]
         near = torch.tensor([self.sink_tokens, self.recent_tokens], dtype=torch.int32, device=q.device).expand(heads, 2)
         out, _ = attend(exact.q, exact.kv, ctx, ReadPlan(empty_index(q, kv, ctx, 128), near=near))
-        changed, full = (exact.mean(x.double().square().sum(-1), self.first_query(kv.n_tokens)) for x in (out - exact.out, exact.out))
+        start = self.first_query(kv.n_tokens)
+        changed, full = (exact.mean(x.double().square().sum(-1), start) for x in (out - exact.out, exact.out))
         changed, full = (x.unflatten(0, (kv_heads, -1)).sum(1) for x in (changed, full))
         return (changed / full.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().cpu()
 

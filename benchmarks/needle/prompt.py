@@ -1,4 +1,4 @@
-"""python -m benchmarks.needle.prompt: one needle prompt as text, for tools that read a text file such as sparse_attn.calibrate."""
+"""python -m benchmarks.needle.prompt: one needle prompt as text, for tools that read a file, such as sparse_attn.calibrate."""
 
 import argparse
 import sys
