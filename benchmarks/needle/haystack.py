@@ -5,6 +5,7 @@ RULER (arXiv:2404.06654): one needle, needles with other keys around it, several
 once, and a chain of names to follow.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -190,6 +191,15 @@ class Haystack:
             self._known[sentence] = self._encode(sentence)
         return self._known[sentence]
 
+    def _question(self, made: Task) -> list[int]:
+        """The question, and as much of the answer as all answers share: often a space.
+
+        So the first token to generate already tells one answer from another, and the prompt's last row, which the method under
+        test reads for, has to find it. Left to decoding, which is dense, a space hides whether the method saw the needle.
+        """
+        others = NAMES if not made.expected[0].isdigit() else [str(digit) * 4 for digit in range(1, 10)]
+        return os.path.commonprefix([self._encode(f"{made.question} {other}") for other in others])
+
     def prompt(self, task: str, length: int, depth: float, seed: int) -> Prompt:
         """A prompt of exactly ``length`` tokens whose (first) needle starts at ``depth`` of the text, 0 start, 1 end.
 
@@ -200,7 +210,7 @@ class Haystack:
             raise NeedleError(f"depth {depth} is outside [0, 1]; give a share of the text")
         rng = random.Random(f"{task} {length} {depth:.4f} {seed}")
         made = make_task(task, rng)
-        head, tail = self._start + self._encode(INTRO), self._encode(made.question)
+        head, tail = self._start + self._encode(INTRO), self._question(made)
         needles, others = [self._encode(s) for s in made.needles], [self._encode(s) for s in made.distractors]
         room = length - len(head) - len(tail) - sum(map(len, needles + others))
         if room < 0:

@@ -12,7 +12,7 @@ from ..errors import NotServed, require
 from ..types import BlockIndex, KVView, LayerContext, ReadPlan
 from .choose import as_table, empty_index, per_head
 from .prism import Prism, band_scores
-from .probe import by_block, largest, marked, observe
+from .probe import by_block, covering, largest, marked, observe
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Chorus:
             ``[layers][heads]``. 1 is dense.
         stride: tile edge of an antidiagonal, tokens; must divide ``block``.
         block: edge of query and key blocks, tokens.
-        probes: query blocks that probe, evenly spaced, the last one included.
-        tail: rows of each of them that probe, half at its start and half at its end, tokens.
-        window: rows at the very end that probe, at most a block, tokens.
+        probes: the text is cut into so many parts; the block at the end of each probes, in the last part its last rows instead.
+        tail: rows that probe together, in a block half at its start and half at its end, tokens.
+        window: rows at the very end that probe, ``tail`` at a time, tokens.
         columns: at most so many keys are read as columns, the sink included.
-        column_mass: least share of a probed query block's mass, averaged over all of them, that makes a key a column.
+        column_mass: least share of a group's mass, averaged over all probes, that makes a key a column.
         sink_tokens: leading keys always read, as columns.
         recent: trailing blocks always read, own diagonal included.
         slack: blocks added to each head's budget, because query blocks between the probes may need more.
@@ -80,53 +80,61 @@ class Chorus:
         k, _ = kv.fetch()
         index = empty_index(q, kv, ctx, self.block)
         share = per_head(self.threshold, ctx.layer, q.shape[1], q.device)
-        mass, at, own = self._probe(q, k, ctx, index)
+        mass, at, own, high = self._probe(q, k, ctx, index)
         columns, taken = self._columns(mass, index)
         exact = by_block(mass.masked_fill(taken[:, :, None], 0.0).flatten(1, 2), self.block).unflatten(1, mass.shape[1:3])
-        k_blocks, place = exact.shape[3], at[:, None, :, None].expand(-1, q.shape[1], -1, exact.shape[3])
-        # what the columns cover counts like the forced own block: first, and towards the share
+        k_blocks, key_block = exact.shape[3], torch.arange(exact.shape[3], device=q.device)
+        # what the columns cover counts like the forced blocks: first, and towards the share
         covered = (mass.sum(-1) - exact.sum(-1)).clamp(min=0)[..., None]
         counted = exact.scatter_add(3, own[:, None, :, None].expand(-1, q.shape[1], -1, 1), covered)
-        rows = counted.new_zeros(*q.shape[:2], index.counts.shape[2], k_blocks)
-        geometry = (*index.block, index.n_q, index.n_k, ctx.q_start, ctx.causal, ctx.window, 0, self.recent, ctx.first, ctx.last)
-        budget = ops.select_blocks(rows.scatter(2, place, counted), share, None, *geometry)[0].amax(-1, keepdim=True) + self.slack
-        budget = torch.maximum(budget, torch.where(share >= 1, k_blocks, 0).int()[:, None])
+        forced = (key_block > own[:, None, :, None] - self.recent) & (key_block <= high[:, None, :, None])
+        budget = covering(counted, share[:, None, None], forced.expand_as(counted)).sum(-1).amax(-1, keepdim=True) + self.slack
+        budget = torch.maximum(budget, torch.where(share >= 1, k_blocks, 0)[:, None]).int()
         # a block that probed knows better than the average, to which early keys would count more, having less to share with:
         # so a share counts relative to an even one
-        reached = own[:, None, :, None] >= torch.arange(k_blocks, device=q.device)
-        everybody = (exact * (own + 1)[:, None, :, None]).sum(2, keepdim=True) / (k_blocks * reached.sum(2, keepdim=True).clamp(min=1))
-        rank = everybody.expand_as(rows).scatter(2, place, exact)
+        reached = own[:, None, :, None] >= key_block
+        rank = (exact * (own + 1)[:, None, :, None]).sum(2, keepdim=True) / (k_blocks * reached.sum(2, keepdim=True).clamp(min=1))
+        rank = rank.expand(-1, -1, index.counts.shape[2], -1)
+        rank = rank.scatter_reduce(2, at[:, None, :, None].expand_as(exact), exact, "amax", include_self=False)
         rank = rank + ops.antidiagonal_score(q, k, *index.block, self.stride, ctx.scale, ctx.q_start, ctx.causal, ctx.window, True,
                                              ctx.first, ctx.last)
         for score in band_scores(q, k, ctx.scale, index, Prism().bands(q.shape[3])):
             rank = rank + score / 2
         group = q.shape[1] // k.shape[1]
         rank = rank.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
-        counts, indices = ops.select_blocks(rank, None, budget, *geometry)
+        counts, indices = ops.select_blocks(rank, None, budget, *index.block, index.n_q, index.n_k, ctx.q_start, ctx.causal,
+                                            ctx.window, 0, self.recent, ctx.first, ctx.last)
         return ReadPlan(replace(index, counts=counts, indices=indices), columns)
 
-    def _probe(self, q: Tensor, k: Tensor, ctx: LayerContext, index: BlockIndex) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact mass of the probed query blocks.
+    def _probe(self, q: Tensor, k: Tensor, ctx: LayerContext, index: BlockIndex) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Exact mass of S groups of ``tail`` rows: those inside the text, then those that end it.
+
+        Few rows a group, because what one row alone needs is lost in the sum over many.
 
         Returns:
-            mass: float32 ``[B, H, S, Nk]``; rows sum to 1, or to 0 where a row of the batch has no query.
-            at: int64 ``[B, S]`` the query block that probed; where there are fewer blocks than probes, one probes again.
-            own: int64 ``[B, S]`` the key block of its first query.
+            mass: float32 ``[B, H, S, Nk]``; rows sum to 1, or to 0 where a group has no query.
+            at: int64 ``[B, S]`` the query block that probed.
+            own, high: int64 ``[B, S]`` the key blocks of its first and last query.
         """
         start, real = index.rows()  # on the host
-        blocks, row = (real > 0).sum(1), torch.arange(self.block)
+        n_q, row = real.sum(1, keepdim=True), torch.arange(self.tail)
+        blocks, half = (real > 0).sum(1, keepdim=True), self.tail // 2
+        groups = []
+        for s in range(1, self.probes):
+            edge = ((s * blocks) // self.probes - 1).clamp(min=0) * self.block
+            end = torch.minimum(edge + self.block, n_q)
+            groups.append(torch.where(row < half, edge + row, torch.maximum(end - self.tail + row, edge + half)))
+        groups += [n_q - (g + 1) * self.tail + row for g in range(-(-self.window // self.tail))]
         masses, ats = [], []
-        for s in range(1, self.probes + 1):
-            at = ((s * blocks) // self.probes - 1).clamp(min=0)
-            n, last = real.gather(1, at[:, None]), self.window if s == self.probes else self.tail - self.tail // 2
-            probes = (row < n) & ((row < self.tail // 2) | (row >= n - last))
-            rows = torch.where(probes, row + at[:, None] * self.block, -1).sort(-1).values
-            rows = rows[:, -min(self.block, self.tail // 2 + last) :]
+        for rows in groups:
+            rows = torch.where((rows >= 0) & (rows < n_q), rows, -1)
             columns, _ = observe(q, k, rows.int().to(q.device), ctx)
             masses.append(columns / columns.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
-            ats.append(at)
+            ats.append(rows[:, -1].clamp(min=0) // self.block)
         at = torch.stack(ats, 1)
-        return torch.stack(masses, 2), at.to(q.device), (start.gather(1, at) // self.block).clamp(min=0).to(q.device)
+        own, last = start.gather(1, at), real.gather(1, at)
+        high = (own + last - 1).clamp(min=0) // self.block
+        return torch.stack(masses, 2), at.to(q.device), own.clamp(min=0).to(q.device) // self.block, high.to(q.device)
 
     def _columns(self, mass: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor]:
         """Columns of each head, int32 ``[B, H, C]`` as a ReadPlan has them, and bool ``[B, H, Nk]``: is the key one?"""
