@@ -23,7 +23,7 @@ from sparse_attn import PATTERNS
 
 from .needle import runner
 from .needle.grade import CaseFile, Row
-from .needle.haystack import TASKS, NeedleError
+from .needle.haystack import FORM, TASKS, NeedleError
 
 RESULTS = Path("build") / "methods.jsonl"
 # what a needle prompt cannot give a method
@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> None:
     dtype = runner.pick_dtype("auto", args.device)
     model, tokenizer = runner.load(args.model, args.device, dtype, False)
     settings = runner.Settings(
-        model="bundled" if Path(args.model) == runner.BUNDLED else args.model, weights=runner.weights_id(args.model), haystack="generated",
+        model="bundled" if Path(args.model) == runner.BUNDLED else args.model, weights=runner.weights_id(args.model), haystack=f"generated, form {FORM}",
         device=args.device, dtype=str(dtype).removeprefix("torch."), threads=args.threads, batch_size=1, chunk=None,
     )  # fmt: skip
     batches = cases(lengths, tasks, depths, args.trials)

@@ -38,38 +38,41 @@ def expected(q, k, c: Chorus, scale: float, q_start: int):
     for h in range(heads):
         keys = k[h // group]
         p = [(q[h, t] @ keys[: q_start + t + 1].T * scale).softmax(-1) for t in range(n_q)]
-        probed = [s * q_blocks // c.probes - 1 for s in range(1, c.probes + 1)]
-        mass = torch.zeros(c.probes, n_k, dtype=torch.float64)
-        for s, i in enumerate(probed):
-            rows = list(range(max(i, 0) * c.block, min((max(i, 0) + 1) * c.block, n_q)))
-            end = c.window if s == c.probes - 1 else c.tail - c.tail // 2
-            for t in sorted({*rows[: c.tail // 2], *rows[-end:]}):
+        groups, half = [], c.tail // 2
+        for s in range(1, c.probes):
+            i = max(s * q_blocks // c.probes - 1, 0)
+            rows = list(range(i * c.block, min((i + 1) * c.block, n_q)))
+            groups.append(sorted({*rows[:half], *rows[half:][-(c.tail - half) :]}))
+        groups += [[t for t in range(n_q - (g + 1) * c.tail, n_q - g * c.tail) if t >= 0] for g in range(-(-c.window // c.tail))]
+        probed = [rows[-1] // c.block if rows else 0 for rows in groups]
+        mass = torch.zeros(len(groups), n_k, dtype=torch.float64)
+        for s, rows in enumerate(groups):
+            for t in rows:
                 mass[s, : len(p[t])] += p[t]
-            mass[s] /= mass[s].sum()
+            mass[s] /= mass[s].sum().clamp(min=1e-300)
         mean = mass.mean(0)
         heavy = sorted((j for j in range(c.sink_tokens, n_k) if mean[j] >= c.column_mass), key=lambda j: (-float(mean[j]), j))
         own_columns = sorted([*range(c.sink_tokens), *heavy[: c.columns - c.sink_tokens]])
         columns.append(own_columns)
         exact = [[sum(float(mass[s, j]) for j in range(b * c.block, min((b + 1) * c.block, n_k)) if j not in own_columns)
-                  for b in range(k_blocks)] for s in range(c.probes)]
+                  for b in range(k_blocks)] for s in range(len(groups))]
         need = 0
         for s, i in enumerate(probed):
-            i = max(i, 0)
             own = (q_start + i * c.block) // c.block
             last = (q_start + min((i + 1) * c.block, n_q) - 1) // c.block
             counted = list(exact[s])
-            counted[own] += 1 - sum(exact[s])
+            counted[own] += float(mass[s].sum()) - sum(exact[s])
             need = max(need, len(kept_blocks(counted, list(range(last + 1)), list(range(own, last + 1)), c.threshold, 0)))
         budgets.append(k_blocks if c.threshold >= 1 else need + c.slack)
-        owns = [(q_start + max(i, 0) * c.block) // c.block for i in probed]
+        owns = [(q_start + i * c.block) // c.block for i in probed]
         everybody = [sum(row[b] * (own + 1) for row, own in zip(exact, owns)) / (k_blocks * max(1, sum(own >= b for own in owns)))
                      for b in range(k_blocks)]
         far = antidiagonal_shares(q[h], keys, c.block, c.block, c.stride, scale, q_start, True, 0, True)
         bands = [band_shares(q[h], keys, c.block, scale, q_start, band) for band in (fast, slow)]
         rank = []
         for i in range(q_blocks):
-            at = [s for s, j in enumerate(probed) if max(j, 0) == i]
-            said = exact[at[-1]] if at else everybody
+            at = [s for s, j in enumerate(probed) if j == i]
+            said = [max(exact[s][b] for s in at) for b in range(k_blocks)] if at else everybody
             rank.append([said[b] + float(far[i, b]) + (bands[0][i][b] + bands[1][i][b]) / 2 for b in range(k_blocks)])
         ranks.append(rank)
     kept = []

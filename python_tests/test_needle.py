@@ -136,6 +136,19 @@ def test_the_model_finds_the_needle(shipped, haystack, task, length):
     assert _accuracy(shipped, [haystack.prompt(task, length, i / 7, i) for i in range(8)]) == 1
 
 
+def test_the_prompts_last_row_has_to_find_the_needle(shipped, haystack):
+    """Decoding is dense: were the first token of an answer the same for all, a prefill blind to the needle would pass."""
+    model, tokenizer = shipped
+    blind = runner.Method("a_shape", {"sink_tokens": 64, "recent_tokens": 256})
+    for seed in range(4):
+        prompt = haystack.prompt("single", 2048, 0.5, seed)
+        with torch.no_grad():
+            token = model(torch.tensor([prompt.ids]), logits_to_keep=1).logits[0, -1].argmax()
+        assert tokenizer.decode([int(token)]) == prompt.expected[0][0]
+        (ids,), _ = runner.answer(model, [prompt], blind, runner.stop_tokens(model))
+        assert not grade.grade(tokenizer.decode(ids), prompt.expected)
+
+
 @pytest.mark.parametrize("task", ["single", "multikey"])
 def test_the_model_cannot_answer_once_the_needle_is_hidden(shipped, haystack, task):
     """The model must look: the needle's block becomes haystack, everything else stays."""

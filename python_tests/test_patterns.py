@@ -96,7 +96,7 @@ ROWS = [
     PatternRow(VerticalSlash(64, 100, probe="last", promote=0.0), VerticalSlash(slash=9999, promote=0.0), 0.12, True, looks_ahead=True),
     # mixtures
     PatternRow(Auto(XAttention(threshold=0.5, block=64), far_from=100), Auto(XAttention(threshold=1.0, block=64)), 0.55, True),
-    PatternRow(Chorus(threshold=0.2, stride=8, block=32), Chorus(threshold=1.0, block=32), 0.32, True, looks_ahead=True),
+    PatternRow(Chorus(threshold=0.2, stride=8, block=32), Chorus(threshold=1.0, block=32), 0.36, True, looks_ahead=True),
     PatternRow(MInference({"name": "vertical_slash", "vertical": 64, "slash": 100}), MInference({"name": "vertical_slash", "slash": 9999}),
                0.15, True, looks_ahead=True),
 ]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from . import grade, runner
-from .haystack import TASKS, NeedleError
+from .haystack import FORM, TASKS, NeedleError
 
 RESULTS = Path("build") / "needle"
 
@@ -129,12 +129,12 @@ def _output(given: Path | None, name: str) -> Path:
 
 def _read_haystack(path: Path | None) -> tuple[str | None, str]:
     if path is None:
-        return None, "generated"
+        return None, f"generated, form {FORM}"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise NeedleError(f"cannot read --haystack {path} ({error}); give a UTF-8 text file") from error
-    return text, hashlib.sha256(text.encode()).hexdigest()[:12]
+    return text, f"{hashlib.sha256(text.encode()).hexdigest()[:12]}, form {FORM}"
 
 
 def _needle(args: argparse.Namespace) -> None:

@@ -61,6 +61,9 @@ _TEMPLATES = (
 
 INTRO = "Read the text and remember every special code in it, because there will be a question at the end.\n"
 
+# part of every row's identity: raise it when prompts change, and no row of an older form is taken for one of the new
+FORM = 2
+
 
 class NeedleError(ValueError):
     """A request that no prompt can satisfy; the message says what was wrong, what came and what to do."""
