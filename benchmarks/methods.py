@@ -42,7 +42,7 @@ BY_DEPTH = ("single", "multikey")
 
 
 def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
-    """Dense, every named method with its defaults and, where SMALLER has them, with smaller ones, then by the model's profiles."""
+    """Dense, every named method with its defaults and, where SMALLER has them, smaller ones, then by the model's profiles."""
     unknown = [name for name in names if name not in PATTERNS]
     if unknown:
         raise NeedleError(f"--methods names {unknown[0]!r}; there are {', '.join(sorted(PATTERNS))}")
@@ -53,7 +53,8 @@ def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
     for method in found:
         method.check()
     # what calibration found for this very model
-    found += [method for path in sorted(profiles.glob("profile_*.json")) if (method := runner.Method.calibrated(path)).name in names]
+    calibrated = [runner.Method.calibrated(path) for path in sorted(profiles.glob("profile_*.json"))]
+    found += [method for method in calibrated if method.name in names]
     return found
 
 
@@ -100,12 +101,16 @@ def markdown(rows: Iterable[Row]) -> str:
     for length in dict.fromkeys(row["length"] for row in summed):
         here = [row for row in summed if row["length"] == length]
         tasks = list(dict.fromkeys(task for row in here for task in row["accuracy"]))
-        lines += [f"{length} tokens", "", f"| method | {' | '.join(tasks)} | density | attention | prefill |", "|---|" + "---|" * (len(tasks) + 3)]
+        head = ["method", *tasks, "density", "attention", "prefill"]
+        lines += [f"{length} tokens", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in here:
             arguments = ", ".join(f"{name}={value}" for name, value in row["prefill_args"].items())
+            arguments = "calibrated" if "profile" in row["prefill_args"] else arguments
             accuracy = [f"{row['accuracy'][task]:.2f}" if task in row["accuracy"] else "" for task in tasks]
             speed = [f"{row[key]:.2f}x" if key in row else "" for key in ("attention_speedup", "prefill_speedup")]
-            lines.append("| " + " | ".join([row["method"] + (f" ({arguments})" if arguments else ""), *accuracy, f"{row['density']:.3f}", *speed]) + " |")
+            name = row["method"] + (f" ({arguments})" if arguments else "")
+            cells = [name, *accuracy, f"{row['density']:.3f}", *speed]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -115,12 +120,13 @@ def _run(args: argparse.Namespace) -> None:
     depths = [int(n) for n in args.depths.split(",")]
     depths = depths * len(lengths) if len(depths) == 1 else depths
     if len(depths) != len(lengths) or min(lengths + depths) < 1:
-        raise NeedleError(f"--depths {args.depths} gives {len(depths)} numbers for {len(lengths)} lengths; give one, or one for each")
+        raise NeedleError(f"--depths {args.depths} gives {len(depths)} numbers for {len(lengths)} lengths; give one, or one each")
     tasks = args.tasks.split(",")
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise NeedleError(f"task {unknown[0]!r} is not known; use one of {', '.join(TASKS)}")
-    chosen = methods(args.methods.split(",") if args.methods else [name for name in PATTERNS if name not in WITHOUT], Path(args.model))
+    names = args.methods.split(",") if args.methods else [name for name in PATTERNS if name not in WITHOUT]
+    chosen = methods(names, Path(args.model))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     file = CaseFile(args.json, runner.KEY)
     torch.set_num_threads(args.threads)
@@ -129,9 +135,15 @@ def _run(args: argparse.Namespace) -> None:
     dtype = runner.pick_dtype("auto", args.device)
     model, tokenizer = runner.load(args.model, args.device, dtype, False)
     settings = runner.Settings(
-        model="bundled" if Path(args.model) == runner.BUNDLED else args.model, weights=runner.weights_id(args.model), haystack=f"generated, form {FORM}",
-        device=args.device, dtype=str(dtype).removeprefix("torch."), threads=args.threads, batch_size=1, chunk=None,
-    )  # fmt: skip
+        model="bundled" if Path(args.model) == runner.BUNDLED else args.model,
+        weights=runner.weights_id(args.model),
+        haystack=f"generated, form {FORM}",
+        device=args.device,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=args.threads,
+        batch_size=1,
+        chunk=None,
+    )
     batches = cases(lengths, tasks, depths, args.trials)
     with tqdm(total=len(chosen) * len(batches), unit="case", file=sys.stderr, smoothing=0) as bar:
 

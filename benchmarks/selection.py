@@ -40,8 +40,8 @@ def measure(shape: Shape, names: Sequence[str], reps: int) -> list[dict]:
             calls[name] = functools.partial(selector.select, q, view, ctx)
     sdpa = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
     us = interleave({**calls, "": sdpa}, reps)
-    return [{"benchmark": "selection", "method": name, **shape.fields(), "us": percentiles(us[name]), "sdpa_us": percentiles(us[""]),
-             "share": 1 / pairwise(us[""], us[name]), "density": density[name], "reps": reps} for name in calls]
+    return [{"benchmark": "selection", "method": name, **shape.fields(), "us": percentiles(us[name]),
+             "sdpa_us": percentiles(us[""]), "share": 1 / pairwise(us[""], us[name]), "density": density[name], "reps": reps} for name in calls]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="append JSON lines")
     args = parser.parse_args(argv)
     unknown = [name for name in args.methods if name not in PATTERNS]
-    if unknown or args.reps < 1:
-        parser.exit(2, f"selection: {unknown[0]!r} is no method; there are {', '.join(PATTERNS)}\n" if unknown else "selection: --reps must be 1 or more\n")
+    if unknown:
+        parser.exit(2, f"selection: {unknown[0]!r} is no method; there are {', '.join(PATTERNS)}\n")
+    if args.reps < 1:
+        parser.exit(2, f"selection: --reps is {args.reps}; give 1 or more\n")
     torch.set_num_threads(args.threads)
     table = Table(title="choosing keys, share of causal SDPA")
     for name in ("tokens", "method", "ms", "share of SDPA", "density on random input"):
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = Lines(args.json)
     with torch.inference_mode():
         for n in (int(piece) for piece in args.n.split(",")):
-            for row in measure(Shape(n, dtype=args.dtype), args.methods or [name for name in PATTERNS if name != "dense"], args.reps):
+            names = args.methods or [name for name in PATTERNS if name != "dense"]
+            for row in measure(Shape(n, dtype=args.dtype), names, args.reps):
                 table.add_row(str(n), row["method"], f"{row['us'][1] / 1e3:.1f}", f"{row['share']:.2%}", f"{row['density']:.3f}")
                 lines.write(row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)

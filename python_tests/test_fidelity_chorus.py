@@ -16,7 +16,8 @@ def band_shares(q, k, block, scale, q_start, channels):
     """Softmax between the block means of some channels, one head, at the band's temperature."""
     means = [[x[i : i + block].mean(0) for i in range(0, len(x), block)] for x in (q, k)]
     power = lambda blocks, at: sum(float(m[at].square().mean()) for m in blocks) / len(blocks)  # noqa: E731
-    shrunk = power(means[0], channels) / power(means[0], range(q.shape[1])) * power(means[1], channels) / power(means[1], range(q.shape[1]))
+    every = range(q.shape[1])
+    shrunk = power(means[0], channels) / power(means[0], every) * power(means[1], channels) / power(means[1], every)
     sharp = scale * q.shape[1] / len(channels) / math.sqrt(shrunk)
     rows = []
     for i, a in enumerate(means[0]):
@@ -91,7 +92,7 @@ def expected(q, k, c: Chorus, scale: float, q_start: int):
 @pytest.mark.parametrize(("n_q", "n_k"), [(150, 150), (64, 160), (37, 150), (20, 20)])
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
 def test_what_is_read_is_what_the_docstring_says(kv_heads, n_q, n_k, threshold):
-    chorus = Chorus(threshold=threshold, stride=4, block=16, probes=3, tail=5, window=8, columns=7, column_mass=0.02, sink_tokens=2)
+    chorus = Chorus(threshold, stride=4, block=16, probes=3, tail=5, window=8, columns=7, column_mass=0.02, sink_tokens=2)
     q, k = randn(1, 4, n_q, 16, torch.float64, "plain", 3) * 2, randn(1, kv_heads, n_k, 16, torch.float64, "plain", 4)
     plan = chorus.select(q, ResidentKV(k, k), LayerContext(0, 0.25, n_k - n_q))
     kept, columns = expected(q[0], k[0], chorus, 0.25, n_k - n_q)
@@ -116,7 +117,8 @@ def test_a_copied_run_is_found_between_the_probes_at_even_and_odd_distances():
 
 @pytest.mark.parametrize(("field", "sentence"), [
     (dict(threshold=1.5), "threshold=1.5 is outside"), (dict(stride=3), "multiple of stride=3"), (dict(probes=0), "probes=0"),
-    (dict(columns=2), "columns=2 cannot hold sink_tokens=4"), (dict(slack=-1), "slack=-1"), (dict(column_mass=0), "column_mass=0"),
+    (dict(columns=2), "columns=2 cannot hold sink_tokens=4"), (dict(slack=-1), "slack=-1"),
+    (dict(column_mass=0), "column_mass=0"),
 ])  # fmt: skip
 def test_bad_fields_get_a_sentence(field, sentence):
     with pytest.raises(ContractError) as error:

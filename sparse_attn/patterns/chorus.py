@@ -17,7 +17,7 @@ from .probe import by_block, covering, largest, marked, observe
 
 @dataclass(frozen=True)
 class Chorus:
-    """Read single columns, and per head as many blocks as exact probes say it needs, ranked by what every estimator of its group says.
+    """Read single columns, and per head as many blocks as exact probes say it needs, ranked by what its whole group estimates.
 
     Our own method, put together from what the evidence says works:
 
@@ -96,8 +96,8 @@ class Chorus:
         rank = (exact * (own + 1)[:, None, :, None]).sum(2, keepdim=True) / (k_blocks * reached.sum(2, keepdim=True).clamp(min=1))
         rank = rank.expand(-1, -1, index.counts.shape[2], -1)
         rank = rank.scatter_reduce(2, at[:, None, :, None].expand_as(exact), exact, "amax", include_self=False)
-        rank = rank + ops.antidiagonal_score(q, k, *index.block, self.stride, ctx.scale, ctx.q_start, ctx.causal, ctx.window, True,
-                                             ctx.first, ctx.last)
+        rank = rank + ops.antidiagonal_score(q, k, *index.block, self.stride, ctx.scale, ctx.q_start, window=ctx.window,
+                                             alternate=True, first=ctx.first, last=ctx.last)
         for score in band_scores(q, k, ctx.scale, index, Prism().bands(q.shape[3])):
             rank = rank + score / 2
         group = q.shape[1] // k.shape[1]
