@@ -46,6 +46,9 @@ def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
     unknown = [name for name in names if name not in PATTERNS]
     if unknown:
         raise NeedleError(f"--methods names {unknown[0]!r}; there are {', '.join(sorted(PATTERNS))}")
+    without = [name for name in names if name in WITHOUT]
+    if without:
+        raise NeedleError(f"--methods names {without[0]!r}, which needs {WITHOUT[without[0]]}; a needle prompt has none")
     found = [runner.Method()]
     for name in names:
         if name not in ("dense", "duo"):  # without a profile duo has no retrieval heads to read with

@@ -374,7 +374,7 @@ def test_a_sparse_method_runs_within_dual_chunks():
 @torch.no_grad()
 def test_a_method_that_needs_causality_reads_earlier_chunks_whole():
     model, ids = tiny("Llama"), tokens(2)
-    sparse_attn.attention._warn_once.cache_clear()
+    sparse_attn.errors.warn_once.cache_clear()
     options = dict(dual_chunk=DualChunk(40, 8), dense_below=0, min_queries=8)
     with sparse_attn.patch(model, {"name": "a_shape", "sink_tokens": 0, "recent_tokens": 8, "block": 8}, **options) as patched:
         with pytest.warns(UserWarning, match="AShape needs causal attention; the call runs dense"):

@@ -61,7 +61,7 @@ def test_choosing_is_timed_as_a_share_of_dense_attention(tmp_path):
 
 @pytest.mark.parametrize(("command", "sentence"), [
     (["--methods", "magic"], "'magic'; there are"), (["--tasks", "riddle"], "task 'riddle' is not known"),
-    (["--depths", "1,2"], "gives 2 numbers for 5 lengths"), (["--lengths", "many"], "invalid literal"),
+    (["--methods", "block_rank"], "needs documents"), (["--depths", "1,2"], "gives 2 numbers for 5 lengths"), (["--lengths", "many"], "invalid literal"),
 ])  # fmt: skip
 def test_bad_options_get_a_sentence_and_status_2(command, sentence, capsys):
     with pytest.raises(SystemExit) as stop:

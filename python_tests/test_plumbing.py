@@ -31,7 +31,7 @@ def llama():
 
 @pytest.fixture(autouse=True)
 def every_warning_again():
-    sparse_hf._warn_once.cache_clear()
+    sparse_hf.warn_once.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def every_warning_again():
-    sparse_hf._warn_once.cache_clear()
+    sparse_hf.warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module")

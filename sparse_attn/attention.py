@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from . import ops
-from .errors import NotServed
+from .errors import NotServed, warn_once
 from .types import BlockIndex, KVView, LayerContext, ReadPlan, Selector, dense_index
 
 # a full list is walked as quickly in any block size; this one makes the fewest list entries that still balance two threads
@@ -42,7 +40,7 @@ def sparse_attention(q: Tensor, kv: KVView, ctx: LayerContext, selector: Selecto
         plan = selector.select(q if chooser is None else chooser, kv, ctx)
     except NotServed as reason:
         refusal = f"{type(selector).__name__} {reason}"
-        _warn_once(f"{refusal}; the call runs dense")
+        warn_once(f"{refusal}; the call runs dense")
     blocks = plan.blocks if plan.blocks is not None else dense_index(q, kv, ctx, _DENSE_BLOCK)
     out, lse = ops.block_sparse_attention(*attend_args(q, kv, ctx, plan, blocks))
     return Attended(out, lse, plan, blocks, refusal)
@@ -53,8 +51,3 @@ def attend_args(q: Tensor, kv: KVView, ctx: LayerContext, plan: ReadPlan, blocks
     k, v = kv.fetch(blocks)
     return (q, k, v, blocks.counts, blocks.indices, *blocks.block, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap,
             ctx.first, ctx.last, ctx.sinks, *plan.extras())  # fmt: skip
-
-
-@functools.cache
-def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=3)

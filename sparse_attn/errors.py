@@ -1,4 +1,7 @@
-"""The two ways a call can fail, and the one-line guard that raises the first of them."""
+"""The ways a call can fail, the one-line guard that raises the first of them, and the warning that is given once."""
+
+import functools
+import warnings
 
 
 class ContractError(ValueError):
@@ -25,3 +28,9 @@ def require(condition: bool, sentence: str) -> None:
 
 class NotServed(Exception):
     """A method cannot choose blocks for this call; the sentence says why. The call then runs dense and says so once."""
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Warn, but with each sentence only once per process."""
+    warnings.warn(sentence, stacklevel=3)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from . import ops
 from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .dual_chunk import DualChunk, dual_chunk_attention
-from .errors import ContractError, NotServed, require
+from .errors import ContractError, NotServed, require, warn_once
 from .handle import PATCHED, Handle, Patched, layer_of
 from .layout import Layout, allowed_traced, encode, layout_of, layout_of_one
 from .masked import masked_attention, only_listed
@@ -250,7 +249,7 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
     if unwanted is None and refusal is None:
         return call.by_selector(layout, config.prefill), None
     if unwanted is None and not torch.compiler.is_compiling():
-        _warn_once(f"{type(module).__name__} runs dense: {refusal}")
+        warn_once(f"{type(module).__name__} runs dense: {refusal}")
     reason = unwanted or refusal
     return (call.by_layout(layout, reason) if layout else call.by_sdpa(attention_mask, False, reason)), None
 
@@ -351,11 +350,6 @@ def _undrivable(config_class: type) -> str | None:
         if ours and cls.config_class is config_class and not cls._can_set_attn_implementation():
             return cls.__name__
     return None
-
-
-@functools.cache
-def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
 
 
 def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, dense_layers: tuple[int, ...] = (),

@@ -219,8 +219,7 @@ class ThresholdSearch:
     The fewest block pairs that cover ``mass`` of the exact mass of the whole map are taken; the smallest estimate among them is a
     cut, and the share of the whole estimate at or above the cut is the threshold. Of several texts the largest counts.
     One block that the estimate hardly sees makes that threshold 1; ``search="lowest"`` sets no cut and finds the lowest threshold
-    that retains ``mass``, to one part in 16384. That leaves no margin: give several texts of several lengths (from two of 4096
-    tokens alone, the model that ships missed a needle at 2048; from six it found 40 of 40 at 1K to 8K).
+    that retains ``mass``, to one part in 16384. That leaves no margin: give several texts of several lengths.
     Source: the threshold profiler in the code of XAttention, arXiv:2503.16428.
     Differs from it in two steps. Sink and diagonal blocks set no cut, because they are read whatever their estimate; a head
     that needs nothing else gets 0. And the cut is one number for the map but the threshold is applied row by row, where it may

@@ -233,9 +233,4 @@ def _outputs(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causa
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _refuses(isa, q, k, v, counts, indices, block_q, block_k, scale, q_start, causal, window, softcap, first, last, sinks, columns,
-             near, dense_rows, order, pv_threshold):
-    return native.needs_dtype(q)
-
-
-native.add(block_sparse_attention, _outputs, _refuses)
+native.add(block_sparse_attention, _outputs, lambda isa, q, *rest: native.needs_dtype(q))

@@ -37,8 +37,8 @@ class VerticalSlash:
         probe: ``spread`` or ``last``.
         sink_tokens: leading keys always read.
         recent_tokens: shortest distances always read, the own key's included.
-        promote: share of a tile's keys that are columns from which every query block reads the whole tile; 0 for never. From
-            about a quarter on a whole tile costs less than gathering its keys one by one.
+        promote: share of a tile's keys that are columns from which every query block reads the whole tile; 0 for never. A quarter
+            is what the specification of these kernels proposes; where gathering starts to cost more was not measured.
         block: edge of query and key blocks, tokens.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import require
 from ..types import KVView, LayerContext, ReadPlan
-from .choose import choose, empty_index, per_head, require_gqa
+from .choose import as_table, choose, empty_index, per_head, require_gqa
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ class XAttention:
     gqa: str = "per_head"
 
     def __post_init__(self):
-        if not isinstance(self.threshold, (int, float)):
-            object.__setattr__(self, "threshold", tuple(tuple(float(t) for t in row) for row in self.threshold))
-        flat = (self.threshold,) if isinstance(self.threshold, (int, float)) else sum(self.threshold, ())
-        bad = [t for t in flat if not 0 <= t <= 1]
-        require(not bad, f"threshold={bad[0] if bad else ''} is outside [0, 1]; it is a share of attention mass")
+        object.__setattr__(self, "threshold", as_table(self.threshold, 0, 1))
         require(self.stride > 0, f"stride={self.stride} must be positive; 4, 8 or 16 are usual")
         require(self.block > 0, f"block={self.block} must be positive; 128 is usual")
         require(self.block % self.stride == 0, f"block={self.block} is not a multiple of stride={self.stride}; use 4, 8 or 16")
