@@ -135,7 +135,8 @@ class KVCache(Cache):
         turns = {}
         wanted_by = "roll=True" if config.roll else type(config.policy).__name__
         if config.roll or "turn" in config.policy.needs:
-            require(isinstance(model, PreTrainedModel), f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
+            require(isinstance(model, PreTrainedModel),
+                    f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
             turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
         if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
             config.policy.require_model(model_id(model))

@@ -112,16 +112,18 @@ class Heads:
     def of_layer(self, layer: int, inputs: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """``(w1, w2)`` of a layer whose tokens have ``inputs`` channels and ``kv_heads`` scores; raises ContractError otherwise."""
         require(layer in self.layers,
-                f"there is no retaining head for layer {layer}, only for {', '.join(map(str, self.layers))}; train heads for this model")
+                f"there is no retaining head for layer {layer}, only for {', '.join(map(str, self.layers))}; train heads for this "
+                "model")
         w1, w2 = self.layers[layer]
         require(w1.shape[1] == inputs and w2.shape[0] == kv_heads,
-                f"the retaining head of layer {layer} takes {w1.shape[1]} channels and scores {w2.shape[0]} key heads, but the layer has "
-                f"{inputs} and {kv_heads}; train heads for this model")
+                f"the retaining head of layer {layer} takes {w1.shape[1]} channels and scores {w2.shape[0]} key heads, but the layer "
+                f"has {inputs} and {kv_heads}; train heads for this model")
         return w1, w2
 
     def require_model(self, model: ModelId) -> None:
         """Raise unless these heads fit ``model``; warn once where they were trained for other weights of its kind."""
-        require(self.model.same_shape(model), f"the retaining heads were trained for {self.model} but this model is {model}; train heads for it")
+        require(self.model.same_shape(model),
+                f"the retaining heads were trained for {self.model} but this model is {model}; train heads for it")
         if not self.model.same_weights(model):
-            warn_once(f"the retaining heads were trained for other weights of {self.model} ({self.model.weights}, these are {model.weights}); "
-                      "they may rank worse than heads trained for these")
+            warn_once(f"the retaining heads were trained for other weights of {self.model} ({self.model.weights}, these are "
+                      f"{model.weights}); they may rank worse than heads trained for these")

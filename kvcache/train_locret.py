@@ -138,7 +138,8 @@ def train(model, samples: Sequence[Sample], settings: Training, tick: Callable[[
     require(len(samples) > 0, "there is no sample to learn from; give one or more")
     for i, sample in enumerate(samples):
         require(0 < sample.answer < sample.ids.shape[1],
-                f"sample {i} has {sample.ids.shape[1]} tokens and its answer begins at {sample.answer}; it needs a prompt and an answer")
+                f"sample {i} has {sample.ids.shape[1]} tokens and its answer begins at {sample.answer}; it needs a prompt and an "
+                "answer")
     turns = {layer: rotation.move for layer, rotation in model_rotations(model, "Locret").items()}
     learners: dict[int, _Learner] = {}
     steps = settings.steps or len(samples)
@@ -192,7 +193,8 @@ def read_samples(path: str, tokenizer, length: int) -> list[Sample]:
         prompt, answer = (tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts)
         require(len(prompt) > 0 and len(answer) > 0, f"line {number} of {path} has an empty prompt or answer; leave it out")
         room = length - len(start) - len(answer) if length else len(prompt)
-        require(room > 0, f"line {number} of {path} has an answer of {len(answer)} tokens, which leaves no room in --length {length}")
+        require(room > 0,
+                f"line {number} of {path} has an answer of {len(answer)} tokens, which leaves no room in --length {length}")
         prompt = start + prompt[-room:]
         samples.append(Sample(torch.tensor([prompt + answer]), len(prompt)))
     return samples

@@ -48,8 +48,8 @@ class Seen:
         q_first, q_last: int32 ``[B]`` real rows of q; None for all.
         scale, softcap, sinks: of the layer's attention; sinks ``[H]`` or None.
         layer, n_layers: which of the model's attention layers this is.
-        turn: moves q or k ``[1, heads, N, D]`` rotated for positions ``at`` to positions ``to`` (int64 ``[N]`` each, host); None where
-            the layer does not rotate, or the policy does not need it.
+        turn: moves q or k ``[1, heads, N, D]`` rotated for positions ``at`` to positions ``to`` (int64 ``[N]`` each, host); None
+            where the layer does not rotate, or the policy does not need it.
     """
 
     k: Tensor

@@ -1,7 +1,7 @@
 """python -m benchmarks.needle.train_locret: train the retaining heads that ship, on needle prompts that no run has.
 
-The prompts are of all tasks, of 512 to 4096 tokens, with the needle anywhere; seeds begin at 1000000. Answers are taught in the form of the
-text, so that every wanted value is looked up.
+The prompts are of all tasks, of 512 to 4096 tokens, with the needle anywhere; seeds begin at 1000000. Answers are taught in the form
+of the text, so that every wanted value is looked up.
 """
 
 import argparse
@@ -42,11 +42,14 @@ def sample(haystack: Haystack, tokenizer: PreTrainedTokenizerBase, task: str, le
 def samples(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[Sample]:
     """``count`` of them, the tasks in turn."""
     rng, haystack = random.Random(seed), runner.make_haystack(tokenizer, None)
-    return [sample(haystack, tokenizer, TASKS[i % len(TASKS)], rng.choice(LENGTHS), rng.random(), FIRST_SEED + i) for i in range(count)]
+    return [
+        sample(haystack, tokenizer, TASKS[i % len(TASKS)], rng.choice(LENGTHS), rng.random(), FIRST_SEED + i) for i in range(count)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.needle.train_locret", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.needle.train_locret", description=__doc__,
+                    formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--out", type=Path, default=runner.BUNDLED / "locret.safetensors", help="default: %(default)s")

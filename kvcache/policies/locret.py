@@ -23,8 +23,8 @@ class Locret:
     ``python -m kvcache.train_locret``.
     Source: Locret, arXiv:2410.01805, sections 3.2 and 3.3. Differs from its code:
     - Keys stay at the positions they had; there the cache is rotated anew, side by side, in every layer and step.
-    - The newest tokens of every chunk stay by way of the cache's ``recent``, the last chunk being no exception, and the first ones by
-      way of ``sinks``; there the end of the prompt is held back and read last.
+    - The newest tokens of every chunk stay by way of the cache's ``recent``, the last chunk being no exception, and the first
+      ones by way of ``sinks``; there the end of the prompt is held back and read last.
     - The budget holds while an answer is generated too; there the cache grows.
 
     Attributes:
