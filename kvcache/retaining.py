@@ -116,8 +116,8 @@ class Heads:
                 "model")
         w1, w2 = self.layers[layer]
         require(w1.shape[1] == inputs and w2.shape[0] == kv_heads,
-                f"the retaining head of layer {layer} takes {w1.shape[1]} channels and scores {w2.shape[0]} key heads, but the layer "
-                f"has {inputs} and {kv_heads}; train heads for this model")
+                f"the retaining head of layer {layer} takes {w1.shape[1]} channels and scores {w2.shape[0]} key heads, but the "
+                f"layer has {inputs} and {kv_heads}; train heads for this model")
         return w1, w2
 
     def require_model(self, model: ModelId) -> None:

@@ -38,7 +38,8 @@ def random_heads(model, layers=None, hidden: int = HIDDEN) -> Heads:
         return torch.randn(shape, generator=generator)
 
     numbers = range(of.layers) if layers is None else layers
-    return Heads({i: (normal(hidden, inputs) * inputs**-0.5, normal(of.kv_heads, hidden)) for i in numbers}, of, "data", "2026-01-01")
+    layers = {i: (normal(hidden, inputs) * inputs**-0.5, normal(of.kv_heads, hidden)) for i in numbers}
+    return Heads(layers, of, "data", "2026-01-01")
 
 
 def written(heads: Heads, folder) -> str:

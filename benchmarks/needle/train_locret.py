@@ -1,7 +1,7 @@
 """python -m benchmarks.needle.train_locret: train the retaining heads that ship, on needle prompts that no run has.
 
-The prompts are of all tasks, of 512 to 4096 tokens, with the needle anywhere; seeds begin at 1000000. Answers are taught in the form
-of the text, so that every wanted value is looked up.
+The prompts are of all tasks, of 512 to 4096 tokens, with the needle anywhere; seeds begin at 1000000. Answers are taught in the
+form of the text, so that every wanted value is looked up.
 """
 
 import argparse
