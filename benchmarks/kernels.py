@@ -317,6 +317,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
         "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
+        "paged_attention": (q, k[0, 0], v[0, 0], torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).int(), one.scale),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),

@@ -33,11 +33,13 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     share = torch.full((_HEADS,), 0.9, dtype=torch.float64, device=device)
     score = torch.rand(1, _HEADS, blocks, blocks, device=device)
     pooled = torch.zeros(1, _HEADS, blocks, _HEAD_DIM, device=device)
+    none = torch.zeros(1, _KV_HEADS, 1, dtype=torch.int64, device=device)
     geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
         "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
+        "paged_attention": lambda: (q[:, :, -1:], k[0, 0], k[0, 0], none, none.int() + _TOKENS, scale),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "select_blocks": lambda: (score, share, None, *geometry),
