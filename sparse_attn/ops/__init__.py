@@ -6,6 +6,7 @@ from .js_distance import js_distance
 from .keep_top import keep_top
 from .merge_attention import merge_attention
 from .move_rows import move_rows
+from .paged_attention import paged_attention
 from .pool_blocks import pool_blocks
 from .pooled_score import pooled_score
 from .registry import OPS, use_backend
@@ -15,4 +16,5 @@ from .strided_score import strided_score
 from .window_score import window_score
 
 __all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "merge_attention", "move_rows",
-           "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score", "use_backend", "window_score"]
+           "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score", "use_backend",
+           "window_score"]
