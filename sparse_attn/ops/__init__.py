@@ -3,6 +3,7 @@
 from .antidiagonal_score import antidiagonal_score
 from .block_sparse_attention import block_sparse_attention
 from .js_distance import js_distance
+from .key_mass import key_mass
 from .merge_attention import merge_attention
 from .pool_blocks import pool_blocks
 from .pooled_score import pooled_score
@@ -10,7 +11,8 @@ from .registry import OPS, use_backend
 from .select_blocks import select_blocks
 from .select_global import select_global
 from .strided_score import strided_score
+from .window_mass import window_mass
 from .window_score import window_score
 
-__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "merge_attention", "pool_blocks", "pooled_score",
-           "select_blocks", "select_global", "strided_score", "use_backend", "window_score"]
+__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "key_mass", "merge_attention", "pool_blocks",
+           "pooled_score", "select_blocks", "select_global", "strided_score", "use_backend", "window_mass", "window_score"]
