@@ -348,17 +348,19 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     one = Shape(n=1, heads=1, kv_heads=1, head_dim=shape.head_dim, block=shape.block, dtype=shape.dtype)
     q, k, v = one.tensors
     index, edges = random_lists(one, 1.0), (one.block, one.block)
-    runs = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
+    run = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
+        "keep_top": (torch.ones(1), *run, torch.ones(1, 1, dtype=torch.int32), 1),
         "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
+        "move_rows": (k[0, 0], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
-        "key_mass": (q, k[0, 0], torch.zeros(q.shape[:3]), *runs, one.scale),
+        "key_mass": (q, k[0, 0], torch.zeros(q.shape[:3]), *run, one.scale),
         "strided_score": (q, k, *edges, PROXY_STRIDE, one.scale),
-        "window_mass": (q, k[0, 0], *runs, one.scale, 1),
+        "window_mass": (q, k[0, 0], *run, one.scale, 1),
         "window_score": (q, k, torch.zeros(1, 1, dtype=torch.int32), one.scale),
         "select_global": (torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.float64), "head", *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),

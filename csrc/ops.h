@@ -194,6 +194,24 @@ struct JsDistance {
 };
 void js_distance(const JsDistance& args, const Parallel& parallel);
 
+struct KeepTop {
+  const float* score;  // [n_rows], contiguous
+  int64_t n_rows;
+  const int64_t *starts, *lengths;  // [B, Hkv], contiguous
+  const int32_t* counts;            // [B, Hkv], contiguous
+  int64_t batch, kv_heads, slots;
+  int32_t* out;  // [B, Hkv, slots], contiguous
+};
+void keep_top(const KeepTop& args, const Parallel& parallel);
+
+struct MoveRows {
+  char* rows;  // contiguous
+  int64_t n_rows, row_bytes;
+  const int64_t *sources, *targets;  // [n]
+  int64_t n;
+};
+void move_rows(const MoveRows& args, const Parallel& parallel);
+
 struct BlockSparseAttention {
   View q, k, v;
   const int32_t* counts;   // [B, lists, q_blocks], contiguous

@@ -202,6 +202,24 @@ Reduce reduce_of(const std::string& name) {
               kParallel);
 }
 
+[[maybe_unused]] void run_keep_top(Tensor out, Tensor score, Tensor starts, Tensor lengths, Tensor counts, int64_t slots) {
+  const Flat scores(score, ScalarType::Float), begin(starts, ScalarType::Long), size(lengths, ScalarType::Long);
+  const Flat wanted(counts, ScalarType::Int);
+  expect_size(out, {starts.size(0), starts.size(1), slots}, "offsets");
+  keep_top({scores.data<float>(), score.size(0), begin.data<int64_t>(), size.data<int64_t>(), wanted.data<int32_t>(),
+            starts.size(0), starts.size(1), slots, output<int32_t>(out, ScalarType::Int, "offsets")},
+           kParallel);
+}
+
+[[maybe_unused]] void run_move_rows(Tensor rows, Tensor sources, Tensor targets) {
+  const Flat from(sources, ScalarType::Long), to(targets, ScalarType::Long);
+  SA_CHECK(rows.is_contiguous(), "rows must be contiguous, they are moved whole; pass the tensor that owns the memory");
+  const int64_t n_rows = rows.size(0), bytes = rows.numel() * int64_t(rows.element_size());
+  move_rows({static_cast<char*>(rows.data_ptr()), n_rows, n_rows ? bytes / n_rows : 0, from.data<int64_t>(), to.data<int64_t>(),
+             sources.size(0)},
+            kParallel);
+}
+
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
@@ -257,6 +275,10 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.impl("select_global", TORCH_BOX(&run_select_global));
   m.def("js_distance(Tensor(a!) out, Tensor p, Tensor q) -> ()");
   m.impl("js_distance", TORCH_BOX(&run_js_distance));
+  m.def("keep_top(Tensor(a!) out, Tensor score, Tensor starts, Tensor lengths, Tensor counts, int slots) -> ()");
+  m.impl("keep_top", TORCH_BOX(&run_keep_top));
+  m.def("move_rows(Tensor(a!) rows, Tensor sources, Tensor targets) -> ()");
+  m.impl("move_rows", TORCH_BOX(&run_move_rows));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");
