@@ -210,8 +210,8 @@ def mass_error(shape: Shape, op: str, rest: tuple) -> float:
     exact = few.mass_truth(few.n if of_attention else PROBES)
     error = float((OPS[op](few.tensors[0], few.store, *of_attention, *few.runs, *rest) / exact - 1).abs().max())
     if not error <= _GATE_MASS:
-        raise GateError(f"{op} at {few.n} tokens is off by {error:.2e} (largest, relative), more than {_GATE_MASS:.0e}; fix the kernel "
-                        "before timing it")
+        raise GateError(f"{op} at {few.n} tokens is off by {error:.2e} (largest, relative), more than {_GATE_MASS:.0e}; "
+                        "fix the kernel before timing it")
     return error
 
 

@@ -90,7 +90,7 @@ def require_runs(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, softcap:
     require(q.shape[3] == k.shape[1], f"q has head_dim {q.shape[3]} but k has {k.shape[1]}; they must agree")
     for name, table in (("starts", starts), ("lengths", lengths)):
         require(table.dtype == torch.int64 and table.dim() == 2 and table.shape[0] == q.shape[0],
-                f"{name} must be int64 [{q.shape[0]}, Hkv], one run per sequence and key head, got {table.dtype} {list(table.shape)}")
+                f"{name} must be int64 [{q.shape[0]}, Hkv], a run per sequence and key head, got {table.dtype} {list(table.shape)}")
     require(starts.shape == lengths.shape, f"starts is {list(starts.shape)} but lengths {list(lengths.shape)}; they must agree")
     kv_heads = starts.shape[1]
     require(kv_heads > 0 and q.shape[1] % kv_heads == 0,
