@@ -40,6 +40,12 @@ View view(const Tensor& t, int dims = 4) {
   return v;
 }
 
+Rows rows_of(const Tensor& t, const char* name) {
+  SA_CHECK(t.size(1) == 1 || t.stride(1) == 1, name, " must be contiguous in its last dimension, got stride ", t.stride(1),
+           "; call contiguous()");
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0)};
+}
+
 // a contiguous tensor of the dtype; the copy, where one was needed, lives as long as this object
 class Flat {
  public:
@@ -240,6 +246,21 @@ Reduce reduce_of(const std::string& name) {
                          kParallel);
 }
 
+[[maybe_unused]] void run_paged_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts,
+                                          double scale, bool causal, double softcap, OptionalTensor sinks,
+                                          OptionalTensor q_first, OptionalTensor q_last, OptionalTensor bias) {
+  const Flat firsts(q_first, ScalarType::Int), lasts(q_last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
+  const Flat start(starts, ScalarType::Long), count(counts, ScalarType::Int), biases(bias, ScalarType::Float);
+  expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(1)}, "out");
+  expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
+  SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
+  paged_attention({view(q), rows_of(k, "k"), rows_of(v, "v"), start.data<int64_t>(), count.data<int32_t>(), starts.size(1),
+                   starts.size(2), scale, causal, softcap, sink_logits.data<float>(),
+                   {firsts.data<int32_t>(), lasts.data<int32_t>()}, biases.data<float>(), view(out),
+                   output<float>(lse, ScalarType::Float, "lse")},
+                  kParallel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
@@ -283,6 +304,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");
   m.impl("block_sparse_attention", TORCH_BOX(&run_block_sparse_attention));
+  m.def("paged_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts, float scale, "
+        "bool causal, float softcap, Tensor? sinks, Tensor? q_first, Tensor? q_last, Tensor? bias) -> ()");
+  m.impl("paged_attention", TORCH_BOX(&run_paged_attention));
 }
 
 }  // namespace SA_NAMESPACE
