@@ -81,6 +81,15 @@ class Seen:
         """``values[b]`` (``[B]``) at each row of sequence b; anything at rows of nobody."""
         return values.to(self.state.device)[self.owner // self.starts.shape[1]]
 
+    @cached_property
+    def new_rows(self) -> Tensor:
+        """int64 ``[Hkv * n_new.sum()]``: the rows of the chunk's own tokens, run by run."""
+        device = self.state.device
+        count = torch.minimum(self.n_new.to(device)[:, None], self.lengths.to(device))[..., None]
+        offset = torch.arange(int(count.max()) if count.numel() else 0, device=device)
+        rows = (self.starts + self.lengths).to(device)[..., None] - count + offset
+        return rows[offset < count]
+
 
 class CachePolicy(Protocol):
     """Ranks the tokens of one layer. Never moves bytes; frozen, so that one serves all layers and requests.
