@@ -57,18 +57,16 @@ class Locret:
         self.heads.require_model(model)
 
     def observe(self, seen: Seen) -> Tensor:
-        device, n_q = seen.q.device, seen.q.shape[2]
-        tokens, rows, at = [], [], []
-        ends = (seen.starts + seen.lengths).tolist()
-        low = [0] * len(ends) if seen.q_first is None else seen.q_first.clamp(0, n_q).tolist()
-        for b, (n, n_seen) in enumerate(zip(seen.n_new.tolist(), seen.n_seen.tolist(), strict=True)):
-            tokens.append(torch.arange(b * n_q + low[b], b * n_q + low[b] + n))
-            rows.append(torch.tensor(ends[b]) - n + torch.arange(n)[:, None])
-            at.append(torch.arange(n_seen - n, n_seen))
-        rows = torch.cat(rows).to(device)  # [N, Hkv]
-        q = seen.q.transpose(1, 2).flatten(0, 1)[torch.cat(tokens).to(device)]
-        x = token_vectors(q, seen.k[rows], seen.v[rows], torch.cat(at), seen.turn)
-        w1, w2 = (w.to(device) for w in self.heads.of_layer(seen.layer, x.shape[1], rows.shape[1]))
+        (batch, kv_heads), n_q, device = seen.starts.shape, seen.q.shape[2], seen.q.device
+        new = seen.n_new.tolist()
+        low = [0] * batch if seen.q_first is None else seen.q_first.clamp(0, n_q).tolist()
+        tokens = torch.cat([torch.arange(n) + b * n_q + low[b] for b, n in enumerate(new)])
+        at = torch.cat([torch.arange(n) + before for n, before in zip(new, (seen.n_seen - seen.n_new).tolist())])
+        runs = seen.new_rows.split([kv_heads * n for n in new])
+        rows = torch.cat([of_one.view(kv_heads, n).T for of_one, n in zip(runs, new)])  # [N, Hkv]
+        q = seen.q.transpose(1, 2).flatten(0, 1)[tokens.to(device)]
+        x = token_vectors(q, seen.k[rows], seen.v[rows], at, seen.turn)
+        w1, w2 = (w.to(device) for w in self.heads.of_layer(seen.layer, x.shape[1], kv_heads))
         return seen.state.index_copy(0, rows.flatten(), score(x, w1, w2).flatten())
 
     def rank(self, seen: Seen, state: Tensor) -> Tensor:
