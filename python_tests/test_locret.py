@@ -106,11 +106,16 @@ def test_a_cache_scores_projections_before_rotation(tmp_path, family, chunk):
     model, ids = tiny(family), tokens(1, N)
     path = written(random_heads(model), tmp_path)
     heads, seen = Heads.read(path), {}
-    for i, layer in enumerate(model.model.layers):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            module = getattr(layer.self_attn, name)
-            module.register_forward_hook(lambda _, __, out, key=(i, name): seen.setdefault(key, out[0].double()))
+
+    def note(key, out):
+        seen[key] = out[0].detach().double()
+
+    projections = {(i, name): getattr(layer.self_attn, name) for i, layer in enumerate(model.model.layers)
+                   for name in ("q_proj", "k_proj", "v_proj")}
+    hooks = [module.register_forward_hook(lambda _, __, out, key=key: note(key, out)) for key, module in projections.items()]
     model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
     cache = kvcache.make_cache(model, "locret", 400, path=path, recent=8)
     with sparse_attn.patch(model, prefill="dense"):
         kvcache.prefill(model, ids, cache, chunk)
@@ -185,7 +190,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path):
     good = {"layers.0.w1": w1, "layers.0.w2": w2}
     cases = [
         (None, None, "cannot be read"),
-        (good, None, "header lacks version"),
+        (good, None, "header lacks 'version'"),
         (good, header | {"version": "9"}, "have version 9 but this package reads 1"),
         ({"layers.0.w1": w1}, header, "do not fit together"),
         ({"layers.0.w1": w1, "layers.0.w2": w2[:, 1:].contiguous()}, header, "do not fit together"),
@@ -215,10 +220,10 @@ def test_heads_of_another_model_are_refused(tmp_path):
     lying = replace(random_heads(other), model=model_id(model))
     cache = kvcache.make_cache(model, "locret", 100, path=written(lying, tmp_path), stabilizers=50)
     with sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="takes 192 channels and scores 4 key heads"):
-        model(input_ids=tokens(1, N), past_key_values=cache)
+        kvcache.prefill(model, tokens(1, N), cache, N)
     cache = kvcache.make_cache(model, "locret", 100, path=written(random_heads(model, [0]), tmp_path), stabilizers=50)
     with sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="no retaining head for layer 1, only for 0"):
-        model(input_ids=tokens(1, N), past_key_values=cache)
+        kvcache.prefill(model, tokens(1, N), cache, N)
     with pytest.raises(ContractError, match="Locret needs the model, not its config"):
         kvcache.KVCache(model.config, kvcache.config.as_config("locret", 100, path=path, stabilizers=50))
 
