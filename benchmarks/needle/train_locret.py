@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--out", type=Path, default=runner.BUNDLED / "locret.safetensors", help="default: %(default)s")
-    add("--samples", type=int, default=300, help="prompts, each for one step unless --steps says otherwise (default: %(default)s)")
+    add("--samples", type=int, default=400, help="prompts, each for one step unless --steps says otherwise (default: %(default)s)")
     add("--threads", type=int, default=1)
     add_settings(parser, USUAL)
     args = parser.parse_args(argv)
