@@ -45,7 +45,7 @@ class CacheConfig:
     roll: bool = False
 
     def __post_init__(self):
-        for name, usual in zip(("sinks", "recent"), self.policy.protect):
+        for name, usual in zip(("sinks", "recent"), getattr(self.budget, "protect", self.policy.protect)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
         for name in ("sinks", "recent", "grace"):
@@ -82,7 +82,7 @@ def as_config(policy: CachePolicy | str | dict, budget: Budget | int | float | d
         budget: tokens per KV head; a share of the prompt below 1; a budget; or its JSON form. None where the method says it all.
         settings: fields of CacheConfig, of the policy and of the method's budget.
 
-    duo takes ``full``, the heads that keep everything, or ``profile``, the file in which ``python -m sparse_attn.calibrate`` wrote them.
+    duo takes ``full``, the heads that keep everything, or ``profile``, the file that ``python -m sparse_attn.calibrate`` wrote.
 
     Example:
         >>> config = as_config("pyramidkv", 2048, window=32, beta=10)
@@ -117,6 +117,8 @@ decay, kernel, pool, reduce, window
     if isinstance(policy, str):
         policy = _build(made_by, name, {key: settings.pop(key) for key in list(settings) if key in takes_policy})
     if sized:
+        if kind == "pyramid":
+            of_budget.setdefault("base", policy.window)  # the paper counts the window on top of what it shares out
         budget = _sized(kind, budget, of_budget)
     elif isinstance(budget, dict):
         budget = _made(budget, BUDGETS, "budget")
