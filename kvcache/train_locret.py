@@ -123,7 +123,7 @@ def train(model, samples: Sequence[Sample], settings: Training, tick: Callable[[
     """Retaining heads for a transformers model, and the loss of each step, mean over layers.
 
     Loss per layer: smooth L1 between scores and ``labels`` over the prompt's tokens, and ``settings.smooth`` times the squared
-    difference of neighbours. Source: Locret, arXiv:2410.01805, section 3.3.
+    difference of neighbours. Source: Locret, arXiv:2410.01805.
 
     Args:
         model: a causal language model; left as it was.

@@ -58,7 +58,9 @@ def by_hand(x: list[float], w1: torch.Tensor, w2: torch.Tensor) -> list[float]:
 # -- scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_computed_by_hand_and_old_ones_stay(tmp_path):
+@pytest.mark.parametrize("at_once", [2, 4096])
+def test_scores_are_those_computed_by_hand_and_old_ones_stay(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("kvcache.policies.locret._TOKENS", at_once)
     batch, heads, kv_heads, dim, n_q = 2, 4, 2, 3, 5
     first, last, old = [2, 0], [5, 4], [3, 1]
     new = [stop - start for start, stop in zip(first, last)]

@@ -13,6 +13,9 @@ from sparse_attn.errors import require
 from ..retaining import Heads, score, token_vectors
 from ..types import Seen
 
+# scored at once: their vectors are float32 copies of all heads, 100 MiB for 48 heads of 128
+_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Locret:
@@ -21,7 +24,7 @@ class Locret:
     The score asks for nothing that comes later, so a prompt in chunks keeps what the same scores would keep of it in one piece.
     The heads are trained per model, to predict the largest logit that a token gets from the queries of an answer:
     ``python -m kvcache.train_locret``.
-    Source: Locret, arXiv:2410.01805, sections 3.2 and 3.3. Differs from its code:
+    Source: Locret, arXiv:2410.01805. Differs from its code:
     - Keys stay at the positions they had; there the cache is rotated anew, side by side, in every layer and step.
     - The newest tokens of every chunk stay by way of the cache's ``recent``, the last chunk being no exception, and the first
       ones by way of ``sinks``; there the end of the prompt is held back and read last.
@@ -57,17 +60,18 @@ class Locret:
         self.heads.require_model(model)
 
     def observe(self, seen: Seen) -> Tensor:
-        (batch, kv_heads), n_q, device = seen.starts.shape, seen.q.shape[2], seen.q.device
-        new = seen.n_new.tolist()
-        low = [0] * batch if seen.q_first is None else seen.q_first.clamp(0, n_q).tolist()
-        tokens = torch.cat([torch.arange(n) + b * n_q + low[b] for b, n in enumerate(new)])
-        at = torch.cat([torch.arange(n) + before for n, before in zip(new, (seen.n_seen - seen.n_new).tolist())])
-        runs = seen.new_rows.split([kv_heads * n for n in new])
-        rows = torch.cat([of_one.view(kv_heads, n).T for of_one, n in zip(runs, new)])  # [N, Hkv]
-        q = seen.q.transpose(1, 2).flatten(0, 1)[tokens.to(device)]
-        x = token_vectors(q, seen.k[rows], seen.v[rows], at, seen.turn)
-        w1, w2 = (w.to(device) for w in self.heads.of_layer(seen.layer, x.shape[1], kv_heads))
-        return seen.state.index_copy(0, rows.flatten(), score(x, w1, w2).flatten())
+        kv_heads, new, state = seen.starts.shape[1], seen.n_new.tolist(), seen.state.clone()
+        low = [0] * len(new) if seen.q_first is None else seen.q_first.tolist()
+        runs = zip(seen.new_rows.split([kv_heads * n for n in new]), new)
+        rows = torch.cat([of_one.view(kv_heads, n).T for of_one, n in runs])  # [N, Hkv]
+        sequence = torch.arange(len(new)).repeat_interleave(seen.n_new)
+        number = torch.cat([torch.arange(n) for n in new])
+        column, at = (number + torch.as_tensor(first)[sequence] for first in (low, seen.n_seen - seen.n_new))
+        for b, i, to, where in zip(*(x.split(_TOKENS) for x in (sequence, column, rows, at))):
+            x = token_vectors(seen.q[b, :, i], seen.k[to], seen.v[to], where, seen.turn)
+            w1, w2 = (w.to(x.device) for w in self.heads.of_layer(seen.layer, x.shape[1], kv_heads))
+            state.index_copy_(0, to.flatten(), score(x, w1, w2).flatten())
+        return state
 
     def rank(self, seen: Seen, state: Tensor) -> Tensor:
         return state
