@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Uniform:
     tokens: int | None = None
     ratio: float | None = None
 
+    alike: ClassVar[bool] = True
+
     def __post_init__(self):
         require((self.tokens is None) != (self.ratio is None), "give either tokens or ratio, not both and not neither")
         require(self.tokens is None or (_whole(self.tokens) and self.tokens >= 1),
@@ -53,6 +56,9 @@ class Uniform:
 
     def require_room(self, tokens: int) -> None:
         _require_room(self.tokens, tokens, "")
+
+    def require_model(self, n_layers: int, kv_heads: int | None) -> None:
+        pass  # fits any
 
 
 def _require_room(has: int | None, wanted: int, where: str) -> None:
@@ -83,6 +89,8 @@ class Pyramid(Uniform):
     _: KW_ONLY
     beta: int = 20
     base: int = 0
+
+    alike: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,6 +131,8 @@ class Table:
 
     layers: tuple[int, ...]
 
+    alike: ClassVar[bool] = False
+
     def __post_init__(self):
         fits = isinstance(self.layers, tuple | list) and len(self.layers) and all(_whole(n) and n >= 1 for n in self.layers)
         require(fits, f"layers={self.layers!r} must list a number of tokens per layer, each 1 or more")
@@ -133,6 +143,9 @@ class Table:
         return torch.full_like(n_seen, self.layers[layer])
 
     per_head = Uniform.per_head
+
+    def require_model(self, n_layers: int, kv_heads: int | None) -> None:
+        require(len(self.layers) == n_layers, f"the table has {len(self.layers)} layers but the model has {n_layers}; give one entry each")
 
     def require_room(self, tokens: int) -> None:
         _require_room(min(self.layers), tokens, f" in layer {self.layers.index(min(self.layers))}")
@@ -154,6 +167,8 @@ class PerHead(Uniform):
 
     _: KW_ONLY
     safeguard: float = 0.2
+
+    alike: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,6 +215,8 @@ class DuoHeads:
     sink: int = 64
     recent: int = 256
 
+    alike: ClassVar[bool] = False
+
     def __post_init__(self):
         rows = self.full if isinstance(self.full, tuple | list) else ()
         good = rows and all(isinstance(row, tuple | list) and row and all(isinstance(x, bool) for x in row) for row in rows)
@@ -220,6 +237,16 @@ class DuoHeads:
         heads = lengths.shape[1]
         require(len(row) == heads, f"full has {len(row)} heads in layer {layer}, the layer {heads} KV heads; give one entry each")
         return torch.where(torch.tensor(row, device=lengths.device), lengths, lengths.clamp(max=self.sink + self.recent)).int()
+
+    @property
+    def protect(self) -> tuple[int, int]:
+        """The (sinks, recent) tokens that make up the budget of a streaming head."""
+        return self.sink, self.recent
+
+    def require_model(self, n_layers: int, kv_heads: int | None) -> None:
+        require(len(self.full) == n_layers, f"full has {len(self.full)} layers but the model has {n_layers}; give one row each")
+        other = next((i for i, row in enumerate(self.full) if kv_heads and len(row) != kv_heads), None)
+        require(other is None, f"full has {len(self.full[other or 0])} heads in layer {other}, the model {kv_heads} KV heads; give one entry each")
 
     def require_room(self, tokens: int) -> None:
         _require_room(self.sink + self.recent, tokens, " per streaming head")

@@ -26,18 +26,24 @@ const Parallel kParallel{[](void (*worker)(void*), void* state) {
                               [&](int64_t, int64_t) { worker(state); });
 }};
 
-View view(const Tensor& t) {
-  View v{};
-  SA_CHECK(t.dim() == 4, "needs a 4-D tensor, got ", t.dim(), " dimensions");
-  v.data = t.data_ptr();
+// its last dimensions, the first ones of a tensor of fewer are 1
+View view(const Tensor& t, int dims = 4) {
+  View v{t.data_ptr(), {}, {1, 1, 1, 1}, {}};
+  SA_CHECK(t.dim() == dims, "needs a ", dims, "-D tensor, got ", t.dim(), " dimensions");
   switch (t.scalar_type()) {
     case ScalarType::BFloat16: v.dtype = DType::bf16; break;
     case ScalarType::Half: v.dtype = DType::fp16; break;
     case ScalarType::Float: v.dtype = DType::fp32; break;
     default: fail("needs bfloat16, float16 or float32, got another dtype");
   }
-  for (int i = 0; i < 4; ++i) v.size[i] = t.size(i), v.stride[i] = t.stride(i);
+  for (int i = 0; i < dims; ++i) v.size[4 - dims + i] = t.size(i), v.stride[4 - dims + i] = t.stride(i);
   return v;
+}
+
+Rows rows_of(const Tensor& t, const char* name) {
+  SA_CHECK(t.size(1) == 1 || t.stride(1) == 1, name, " must be contiguous in its last dimension, got stride ", t.stride(1),
+           "; call contiguous()");
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0)};
 }
 
 // a contiguous tensor of the dtype; the copy, where one was needed, lives as long as this object
@@ -102,6 +108,35 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
                 output<float>(diagonals, ScalarType::Float, "diagonals")},
                kParallel);
+}
+
+Reduce reduce_of(const std::string& name) {
+  return name == "max" ? Reduce::max : name == "sum" ? Reduce::sum : Reduce::mean;
+}
+
+[[maybe_unused]] void run_key_mass(Tensor out, Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, double scale,
+                                   double softcap, int64_t rows, std::string reduce, OptionalTensor q_first,
+                                   OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), length(lengths, ScalarType::Long);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {k.size(0)}, "mass");
+  key_mass({view(q), view(k, 2), strided<float>(lse),
+            {start.data<int64_t>(), length.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}}, scale,
+            softcap, rows, reduce_of(reduce), output<float>(out, ScalarType::Float, "mass")},
+           kParallel);
+}
+
+[[maybe_unused]] void run_window_mass(Tensor out, Tensor q, Tensor k, Tensor starts, Tensor lengths, double scale, int64_t window,
+                                      double softcap, OptionalTensor sinks, int64_t kernel, std::string pool, std::string reduce,
+                                      OptionalTensor q_first, OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), length(lengths, ScalarType::Long), sink_logits(sinks, ScalarType::Float);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {k.size(0)}, "mass");
+  window_mass({view(q), view(k, 2),
+               {start.data<int64_t>(), length.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}},
+               scale, window, softcap, sink_logits.data<float>(), kernel, pool == "max" ? Pool::max : Pool::mean,
+               reduce_of(reduce), output<float>(out, ScalarType::Float, "mass")},
+              kParallel);
 }
 
 [[maybe_unused]] void run_strided_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
@@ -211,6 +246,21 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                          kParallel);
 }
 
+[[maybe_unused]] void run_paged_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts,
+                                          double scale, bool causal, double softcap, OptionalTensor sinks,
+                                          OptionalTensor q_first, OptionalTensor q_last, OptionalTensor bias) {
+  const Flat firsts(q_first, ScalarType::Int), lasts(q_last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
+  const Flat start(starts, ScalarType::Long), count(counts, ScalarType::Int), biases(bias, ScalarType::Float);
+  expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(1)}, "out");
+  expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
+  SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
+  paged_attention({view(q), rows_of(k, "k"), rows_of(v, "v"), start.data<int64_t>(), count.data<int32_t>(), starts.size(1),
+                   starts.size(2), scale, causal, softcap, sink_logits.data<float>(),
+                   {firsts.data<int32_t>(), lasts.data<int32_t>()}, biases.data<float>(), view(out),
+                   output<float>(lse, ScalarType::Float, "lse")},
+                  kParallel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
@@ -222,6 +272,12 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("window_score(Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
         "bool causal, int window, float softcap, Tensor? first, Tensor? last) -> ()");
   m.impl("window_score", TORCH_BOX(&run_window_score));
+  m.def("key_mass(Tensor(a!) out, Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, float scale, float softcap, "
+        "int rows, str reduce, Tensor? q_first, Tensor? q_last) -> ()");
+  m.impl("key_mass", TORCH_BOX(&run_key_mass));
+  m.def("window_mass(Tensor(a!) out, Tensor q, Tensor k, Tensor starts, Tensor lengths, float scale, int window, float softcap, "
+        "Tensor? sinks, int kernel, str pool, str reduce, Tensor? q_first, Tensor? q_last) -> ()");
+  m.impl("window_mass", TORCH_BOX(&run_window_mass));
   m.def("strided_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool rotate, Tensor? first, Tensor? last) -> ()");
   m.impl("strided_score", TORCH_BOX(&run_strided_score));
@@ -248,6 +304,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");
   m.impl("block_sparse_attention", TORCH_BOX(&run_block_sparse_attention));
+  m.def("paged_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts, float scale, "
+        "bool causal, float softcap, Tensor? sinks, Tensor? q_first, Tensor? q_last, Tensor? bias) -> ()");
+  m.impl("paged_attention", TORCH_BOX(&run_paged_attention));
 }
 
 }  // namespace SA_NAMESPACE
