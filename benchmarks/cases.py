@@ -48,6 +48,44 @@ class Shape:
                 "dtype": self.dtype}
 
 
+@dataclass(frozen=True)
+class Store:
+    """The flat store of one sequence that is being decoded: on average ``shape.n`` rows for each key head, head after head."""
+
+    shape: Shape
+
+    @functools.cached_property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """k and v ``[Hkv * N, D]``."""
+        g, size = torch.Generator().manual_seed(self.shape.n), (self.shape.kv_heads * self.shape.n, self.shape.head_dim)
+        k, v = (torch.randn(size, generator=g).to(DTYPES[self.shape.dtype]) for _ in range(2))
+        return k, v
+
+    def q(self, tokens: int) -> Tensor:
+        """``[1, H, tokens, D]``."""
+        size = 1, self.shape.heads, tokens, self.shape.head_dim
+        return torch.randn(size, generator=torch.Generator().manual_seed(tokens)).to(DTYPES[self.shape.dtype])
+
+    def lists(self, spread: float = 1.0, page: int = 0) -> tuple[Tensor, Tensor]:
+        """starts and counts of pages: one run per head, the longest ``spread`` times the shortest, or pages in random order.
+
+        Example:
+            >>> starts, counts = Store(Shape(n=1024, kv_heads=4)).lists(spread=8)
+            >>> starts.flatten().tolist(), counts.flatten().tolist()
+            ([0, 273, 819, 1911], [273, 546, 1092, 2185])
+        """
+        n, heads = self.shape.n, self.shape.kv_heads
+        share = spread ** torch.linspace(0, 1, heads, dtype=torch.float64)
+        counts = (share / share.sum() * heads * n).long()
+        counts[-1] += heads * n - counts.sum()
+        starts = counts.cumsum(0) - counts
+        if not page:
+            return starts[None, :, None], counts.int()[None, :, None]
+        g, pages = torch.Generator().manual_seed(page), -(-n // page)
+        order = torch.stack([torch.randperm(pages, generator=g) for _ in range(heads)]) * page
+        return (order + starts[:, None])[None], (n - order).clamp(max=page).int()[None]
+
+
 def random_lists(shape: Shape, density: float, seed: int = 0) -> BlockIndex:
     """Blocks drawn uniformly below the diagonal, per head, so that ``density`` of the reachable ones are read.
 

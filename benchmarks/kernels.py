@@ -31,12 +31,13 @@ from sparse_attn.patterns import XAttention
 from sparse_attn.types import BlockIndex, LayerContext, ResidentKV
 
 from . import measure
-from .cases import DTYPES, Sample, Shape, random_lists, rms_error, top_k_for, visible_pairs
+from .cases import DTYPES, Sample, Shape, Store, random_lists, rms_error, top_k_for, visible_pairs
 
-BASELINES = ("sdpa", "flex", "mm")
+BASELINES = ("sdpa", "flex", "mm", "folded", "read")
 STRIDES = (8, 16)
 PROXY_STRIDE = 4
 PROBES = 64
+SPREAD, PAGE, DRAFT = 16.0, 16, 5  # longest run / shortest, rows of a page, queries of a draft
 OVERHEAD_CALLS = 200
 MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 2048 and 4096 alike)
 _GATE = 2.0  # times torch's own error
@@ -137,6 +138,19 @@ def baselines(shape: Shape, args: argparse.Namespace, index: BlockIndex | None =
     return {name: baseline for name, baseline in apply.items() if name in args.baseline}
 
 
+def decode_baselines(store: Store, args: argparse.Namespace) -> dict[str, Baseline]:
+    """SDPA of one query, as transformers calls it and with the heads of a group as its queries; and merely reading the store."""
+    shape, q, (k, v) = store.shape, store.q(1), store.tensors
+    keys, values = (x.view(1, shape.kv_heads, shape.n, shape.head_dim) for x in (k, v))
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=shape.scale)
+    apply = {
+        "sdpa": lambda: attend(q, keys, values, enable_gqa=True),
+        "folded": lambda: attend(q.view(1, shape.kv_heads, -1, shape.head_dim), keys, values),
+        "read": lambda: [x.view(torch.int64).sum() for x in (k, v)],
+    }
+    return {name: Baseline(f"decode {name}", lambda call=call: call) for name, call in apply.items() if name in args.baseline}
+
+
 # -- gates --------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +205,20 @@ def probe_error(shape: Shape, op: str, rest: tuple) -> float:
         raise GateError(f"{op} at {n} tokens is off by {error:.2e} (rms, relative), more than {_GATE_SCORE:.0e}; fix the kernel "
                         "before timing it")
     return error
+
+
+def paged_errors(store: Store, q: Tensor, starts: Tensor, counts: Tensor) -> dict:
+    """rms error against float64 of our decode attention and of torch SDPA: the last query, which sees all, on the first head."""
+    group, first = q.shape[1] // starts.shape[1], (starts[:, :1], counts[:, :1])
+    q, (k, v) = q[:, :group], (x[: int((starts + counts)[0, 0].max())] for x in store.tensors)
+    truth = ops.paged_attention.reference(q[:, :, -1:].double(), k.double(), v.double(), *first, store.shape.scale)[0]
+    ours = rms_error(ops.paged_attention(q, k, v, *first, store.shape.scale)[0][:, :, -1:], truth)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    theirs = rms_error(attend(q[:, None, :, -1], k[None, None], v[None, None], scale=store.shape.scale).transpose(1, 2), truth)
+    if not ours <= _GATE * theirs + 1e-6:
+        raise GateError(f"paged_attention at {store.shape.n} tokens is off by {ours:.2e} (rms) where torch SDPA is off by "
+                        f"{theirs:.2e}; fix the kernel before timing it")
+    return {"rms_error": ours, "baseline_rms_error": theirs, "error_ratio": ours / theirs}
 
 
 # -- what to time -------------------------------------------------------------------------------------------------------
@@ -278,6 +306,20 @@ def _pooled_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     yield Entry("pooled_score", functools.partial(_pooled_lists, shape, threshold), fields, against=baselines(shape, args, rate=False))
 
 
+def _paged_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
+    store, uniform = Store(shape), None
+    for of, tokens, lists in (("uniform", 1, store.lists()), ("ragged", 1, store.lists(SPREAD)),
+                              (f"pages of {PAGE}", 1, store.lists(page=PAGE)), (f"draft of {DRAFT}", DRAFT, store.lists())):
+        call_args = store.q(tokens), *store.tensors, *lists, shape.scale
+        call = functools.partial(ops.paged_attention, *call_args)
+        fields = {"of": of, "bytes": sum(x.nbytes for x in store.tensors), "backend": OPS["paged_attention"].chosen(*call_args)}
+        against = {"uniform": uniform} if uniform else decode_baselines(store, args)
+        entry = Entry("paged_attention", call, fields | paged_errors(store, store.q(tokens), *lists),
+                      4.0 * shape.heads * shape.head_dim * shape.n * tokens, against)
+        uniform = uniform or Baseline(entry.name, lambda call=call: call)
+        yield entry
+
+
 def _select_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     q, k, _ = shape.tensors
     score = ops.antidiagonal_score(q, k, shape.block, shape.block, STRIDES[0], shape.scale)
@@ -356,6 +398,7 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "window_score": _window_calls,
     "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
+    "paged_attention": _paged_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,
