@@ -39,6 +39,23 @@ class Shape:
         return tuple(torch.randn(size, generator=g).to(DTYPES[self.dtype]) for size in sizes)
 
     @property
+    def store(self) -> Tensor:
+        """The keys as rows of a flat store, ``[Hkv N, D]``."""
+        return self.tensors[1][0].flatten(0, 1)
+
+    @property
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """Where the run of each head starts in the store, and how long it is: int64 ``[1, Hkv]`` each."""
+        starts = torch.arange(self.kv_heads)[None] * self.n
+        return starts, torch.full_like(starts, self.n)
+
+    def mass_truth(self, rows: int) -> Tensor:
+        """float64 ``[N]``: probability that each key received from the last rows, mean over the heads; for one KV head."""
+        q, k, _ = (t.double() for t in self.tensors)
+        future = torch.ones(self.n, self.n).triu(1).bool()
+        return (q @ k.mT * self.scale).masked_fill(future, float("-inf")).softmax(-1)[0, :, -rows:].sum(1).mean(0)
+
+    @property
     def blocks(self) -> int:
         return -(-self.n // self.block)
 
@@ -46,44 +63,6 @@ class Shape:
         """What a measurement's line says of the shape."""
         return {"B": 1, "H": self.heads, "Hkv": self.kv_heads, "N": self.n, "D": self.head_dim, "block": self.block,
                 "dtype": self.dtype}
-
-
-@dataclass(frozen=True)
-class Store:
-    """The flat store of one sequence that is being decoded: on average ``shape.n`` rows for each key head, head after head."""
-
-    shape: Shape
-
-    @functools.cached_property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """k and v ``[Hkv * N, D]``."""
-        g, size = torch.Generator().manual_seed(self.shape.n), (self.shape.kv_heads * self.shape.n, self.shape.head_dim)
-        k, v = (torch.randn(size, generator=g).to(DTYPES[self.shape.dtype]) for _ in range(2))
-        return k, v
-
-    def q(self, tokens: int) -> Tensor:
-        """``[1, H, tokens, D]``."""
-        size = 1, self.shape.heads, tokens, self.shape.head_dim
-        return torch.randn(size, generator=torch.Generator().manual_seed(tokens)).to(DTYPES[self.shape.dtype])
-
-    def lists(self, spread: float = 1.0, page: int = 0) -> tuple[Tensor, Tensor]:
-        """starts and counts of pages: one run per head, the longest ``spread`` times the shortest, or pages in random order.
-
-        Example:
-            >>> starts, counts = Store(Shape(n=1024, kv_heads=4)).lists(spread=8)
-            >>> starts.flatten().tolist(), counts.flatten().tolist()
-            ([0, 273, 819, 1911], [273, 546, 1092, 2185])
-        """
-        n, heads = self.shape.n, self.shape.kv_heads
-        share = spread ** torch.linspace(0, 1, heads, dtype=torch.float64)
-        counts = (share / share.sum() * heads * n).long()
-        counts[-1] += heads * n - counts.sum()
-        starts = counts.cumsum(0) - counts
-        if not page:
-            return starts[None, :, None], counts.int()[None, :, None]
-        g, pages = torch.Generator().manual_seed(page), -(-n // page)
-        order = torch.stack([torch.randperm(pages, generator=g) for _ in range(heads)]) * page
-        return (order + starts[:, None])[None], (n - order).clamp(max=page).int()[None]
 
 
 def random_lists(shape: Shape, density: float, seed: int = 0) -> BlockIndex:

@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,59 +30,20 @@ from sparse_attn.ops import OPS, use_backend
 from sparse_attn.patterns import XAttention
 from sparse_attn.types import BlockIndex, LayerContext, ResidentKV
 
-from . import measure
-from .cases import DTYPES, Sample, Shape, Store, random_lists, rms_error, top_k_for, visible_pairs
+from . import decode, measure
+from .cases import DTYPES, Sample, Shape, random_lists, rms_error, top_k_for, visible_pairs
+from .entries import GATE, Baseline, BenchError, Entry, GateError
 
-BASELINES = ("sdpa", "flex", "mm", "folded", "read")
+BASELINES = ("sdpa", "flex", "mm", "dense", "folded", "read")
 STRIDES = (8, 16)
 PROXY_STRIDE = 4
 PROBES = 64
-SPREAD, PAGE, DRAFT = 16.0, 16, 5  # longest run / shortest, rows of a page, queries of a draft
 OVERHEAD_CALLS = 200
 MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 2048 and 4096 alike)
-_GATE = 2.0  # times torch's own error
 _GATE_SCORE = 1e-2  # relative rms; a share only ranks
 _GATE_POOLED = 1e-5  # relative rms of float32 arithmetic
+_GATE_MASS = 1e-3  # largest relative error of a sum of probabilities
 _EXACT_SCORE_ROWS = 2048  # tokens; the float64 score of a longer call takes minutes
-
-
-class BenchError(Exception):
-    """Bad input: one sentence, exit status 2."""
-
-
-class GateError(Exception):
-    """A kernel is wrong, so its speed is not measured: exit status 1."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Something to compare with. Entries that share a ``key`` share its measurements; ``flop`` set: rates are compared."""
-
-    key: str
-    make: Callable[[], Callable]
-    flop: float | None = None
-
-
-@dataclass
-class Entry:
-    """One call to time, and the fields of its lines.
-
-    Attributes:
-        flop: operations that the call has to do; 0 where counting them says nothing.
-        repeats: how often one timing runs the op, its baselines alike.
-    """
-
-    op: str
-    call: Callable
-    fields: dict
-    flop: float = 0.0
-    against: dict[str, Baseline] = field(default_factory=dict)
-    repeats: int = 1
-
-    @property
-    def name(self) -> str:
-        marks = [f"{key}={self.fields[key]}" for key in ("of", "density", "stride", "rule", "out") if self.fields.get(key)]
-        return " ".join([self.op, *marks])
 
 
 # -- baselines ----------------------------------------------------------------------------------------------------------
@@ -128,27 +89,23 @@ def flex(shape: Shape, index: BlockIndex) -> Callable:
     return lambda: run(q, k, v, block_mask=mask, scale=shape.scale, enable_gqa=True)
 
 
-def baselines(shape: Shape, args: argparse.Namespace, index: BlockIndex | None = None, rate: bool = True) -> dict[str, Baseline]:
-    """Those asked for that apply: flex needs lists, mm an operation count."""
+def dense(shape: Shape) -> Callable:
+    """Our own attention over every block."""
+    (q, k, v), index = shape.tensors, random_lists(shape, 1.0)
+    return functools.partial(ops.block_sparse_attention, q, k, v, index.counts, index.indices, *index.block, shape.scale)
+
+
+def baselines(shape: Shape, args: argparse.Namespace, index: BlockIndex | None = None, rate: bool = True,
+              attention: bool = False) -> dict[str, Baseline]:
+    """Those asked for that apply: flex needs lists, mm an operation count, our own dense attention who repeats a part of it."""
     apply = {"sdpa": Baseline("sdpa", functools.partial(sdpa, shape))}
+    if attention:
+        apply["dense"] = Baseline("dense", functools.partial(dense, shape))
     if index is not None:
         apply["flex"] = Baseline(f"flex density={index.density():.4f}", functools.partial(flex, shape, index))
     if rate:
         apply["mm"] = Baseline("mm", functools.partial(mm, shape), flop=2.0 * MM_SIZE**3)
     return {name: baseline for name, baseline in apply.items() if name in args.baseline}
-
-
-def decode_baselines(store: Store, args: argparse.Namespace) -> dict[str, Baseline]:
-    """SDPA of one query, as transformers calls it and with the heads of a group as its queries; and merely reading the store."""
-    shape, q, (k, v) = store.shape, store.q(1), store.tensors
-    keys, values = (x.view(1, shape.kv_heads, shape.n, shape.head_dim) for x in (k, v))
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=shape.scale)
-    apply = {
-        "sdpa": lambda: attend(q, keys, values, enable_gqa=True),
-        "folded": lambda: attend(q.view(1, shape.kv_heads, -1, shape.head_dim), keys, values),
-        "read": lambda: [x.view(torch.int64).sum() for x in (k, v)],
-    }
-    return {name: Baseline(f"decode {name}", lambda call=call: call) for name, call in apply.items() if name in args.baseline}
 
 
 # -- gates --------------------------------------------------------------------------------------------------------------
@@ -166,7 +123,7 @@ def attention_errors(shape: Shape, index: BlockIndex) -> dict:
         out, _ = ops.block_sparse_attention(*inputs, index.counts, index.indices, *index.block, shape.scale)
         ours = rms_error(sample.of_output(out), truth)
         theirs = rms_error(sample.torch_answer(*inputs, shape.scale), truth)
-        if not ours <= _GATE * theirs + 1e-6:
+        if not ours <= GATE * theirs + 1e-6:
             raise GateError(f"block_sparse_attention at {shape.n} tokens is off by {ours:.2e} (rms) where torch SDPA is off by "
                             f"{theirs:.2e}; fix the kernel before timing it")
         found |= {f"rms_error{suffix}": ours, f"baseline_rms_error{suffix}": theirs, f"error_ratio{suffix}": ours / theirs}
@@ -207,18 +164,16 @@ def probe_error(shape: Shape, op: str, rest: tuple) -> float:
     return error
 
 
-def paged_errors(store: Store, q: Tensor, starts: Tensor, counts: Tensor) -> dict:
-    """rms error against float64 of our decode attention and of torch SDPA: the last query, which sees all, on the first head."""
-    group, first = q.shape[1] // starts.shape[1], (starts[:, :1], counts[:, :1])
-    q, (k, v) = q[:, :group], (x[: int((starts + counts)[0, 0].max())] for x in store.tensors)
-    truth = ops.paged_attention.reference(q[:, :, -1:].double(), k.double(), v.double(), *first, store.shape.scale)[0]
-    ours = rms_error(ops.paged_attention(q, k, v, *first, store.shape.scale)[0][:, :, -1:], truth)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    theirs = rms_error(attend(q[:, None, :, -1], k[None, None], v[None, None], scale=store.shape.scale).transpose(1, 2), truth)
-    if not ours <= _GATE * theirs + 1e-6:
-        raise GateError(f"paged_attention at {store.shape.n} tokens is off by {ours:.2e} (rms) where torch SDPA is off by "
-                        f"{theirs:.2e}; fix the kernel before timing it")
-    return {"rms_error": ours, "baseline_rms_error": theirs, "error_ratio": ours / theirs}
+def mass_error(shape: Shape, op: str, rest: tuple) -> float:
+    """Largest relative error of one group's mass against the sum of float64 probabilities; the lse is that of our attention."""
+    few = Shape(min(shape.n, _EXACT_SCORE_ROWS), shape.heads // shape.kv_heads, 1, shape.head_dim, shape.block, shape.dtype)
+    of_attention = (dense(few)()[1],) if op == "key_mass" else ()
+    exact = few.mass_truth(few.n if of_attention else PROBES)
+    error = float((OPS[op](few.tensors[0], few.store, *of_attention, *few.runs, *rest) / exact - 1).abs().max())
+    if not error <= _GATE_MASS:
+        raise GateError(f"{op} at {few.n} tokens is off by {error:.2e} (largest, relative), more than {_GATE_MASS:.0e}; "
+                        "fix the kernel before timing it")
+    return error
 
 
 # -- what to time -------------------------------------------------------------------------------------------------------
@@ -266,6 +221,19 @@ def _window_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         yield Entry("window_score", functools.partial(ops.window_score, *call_args), fields, flop, baselines(shape, args))
 
 
+def _mass_calls(shape: Shape, args: argparse.Namespace, op: str) -> Iterator[Entry]:
+    q = shape.tensors[0]
+    rest = (shape.scale,) if op == "key_mass" else (shape.scale, PROBES)
+    fields = {"of": "every query" if op == "key_mass" else f"last {PROBES}", "max_error": mass_error(shape, op, rest)}
+    # an lse is an lse: any finite one costs the same
+    call_args = (q, shape.store, *([torch.full(q.shape[:3], 10.0)] if op == "key_mass" else []), *shape.runs, *rest)
+    fields["backend"] = OPS[op].chosen(*call_args)
+    # a dot product per visible pair; the window makes two passes
+    pairs = shape.n * (shape.n + 1) / 2 if op == "key_mass" else 2 * float(probe_rows(shape, "last").add(1).sum())
+    flop = 2.0 * shape.heads * shape.head_dim * pairs
+    yield Entry(op, functools.partial(OPS[op], *call_args), fields, flop, baselines(shape, args, attention=True))
+
+
 def _strided_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     q, k, _ = shape.tensors
     # every head on its own, and ProxyAttn's one mean head for the layer
@@ -304,20 +272,6 @@ def _pooled_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     threshold = torch.full((shape.heads,), 0.9, dtype=torch.float64)
     fields = {"rule": "threshold 0.9", "rms_error": pooled_error(shape), "backend": OPS["pool_blocks"].chosen(q, shape.block, "mean")}
     yield Entry("pooled_score", functools.partial(_pooled_lists, shape, threshold), fields, against=baselines(shape, args, rate=False))
-
-
-def _paged_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
-    store, uniform = Store(shape), None
-    for of, tokens, lists in (("uniform", 1, store.lists()), ("ragged", 1, store.lists(SPREAD)),
-                              (f"pages of {PAGE}", 1, store.lists(page=PAGE)), (f"draft of {DRAFT}", DRAFT, store.lists())):
-        call_args = store.q(tokens), *store.tensors, *lists, shape.scale
-        call = functools.partial(ops.paged_attention, *call_args)
-        fields = {"of": of, "bytes": sum(x.nbytes for x in store.tensors), "backend": OPS["paged_attention"].chosen(*call_args)}
-        against = {"uniform": uniform} if uniform else decode_baselines(store, args)
-        entry = Entry("paged_attention", call, fields | paged_errors(store, store.q(tokens), *lists),
-                      4.0 * shape.heads * shape.head_dim * shape.n * tokens, against)
-        uniform = uniform or Baseline(entry.name, lambda call=call: call)
-        yield entry
 
 
 def _select_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
@@ -366,7 +320,9 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
+        "key_mass": (q, k[0, 0], torch.zeros(q.shape[:3]), *run, one.scale),
         "strided_score": (q, k, *edges, PROXY_STRIDE, one.scale),
+        "window_mass": (q, k[0, 0], *run, one.scale, 1),
         "window_score": (q, k, torch.zeros(1, 1, dtype=torch.int32), one.scale),
         "select_global": (torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.float64), "head", *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),
@@ -396,9 +352,11 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "block_sparse_attention": _attention_calls,
     "antidiagonal_score": _score_calls,
     "window_score": _window_calls,
+    "key_mass": functools.partial(_mass_calls, op="key_mass"),
+    "window_mass": functools.partial(_mass_calls, op="window_mass"),
     "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
-    "paged_attention": _paged_calls,
+    "paged_attention": decode.paged_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,

@@ -1,1 +1,22 @@
-"""What a cache keeps, and where it lives. Nothing is here yet: caches arrive with version 0.2 (see CHANGELOG.md)."""
+"""What a cache keeps, and where: caches for transformers models whose memory is what the budget says."""
+
+import importlib
+
+from sparse_attn.handle import serve_caches
+
+from .budget import BUDGETS
+from .config import METHODS, CacheConfig
+from .policies import POLICIES
+
+# these import transformers, which takes seconds
+_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "PyramidKVCache", "SnapKVCache", "StreamingLLMCache", "TOVACache", "make_cache", "prefill")
+
+__all__ = ["BUDGETS", "METHODS", "POLICIES", "CacheConfig", *_LAZY]
+
+serve_caches(lambda model, spec: importlib.import_module("kvcache.hf").installer(model, spec))
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module("kvcache.hf"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

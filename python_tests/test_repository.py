@@ -20,7 +20,13 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 600
 CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 # packages above, in the order that architecture section 5 draws: each may import itself and what stands to its left
-LAYERS = ["errors", "types", "ops", "patterns", "attention", "hf"]
+LAYERS = {
+    "sparse_attn": ["errors", "types", "ops", "patterns", "attention", "hf"],
+    "kvcache": ["types", "budget", "policies", "config", "cache", "report", "hf"],
+}
+# what stores bytes and what ranks tokens never meet below cache.py
+STRANGERS = [("kvcache.store", ("kvcache",)), ("kvcache.policies", ("kvcache.store", "kvcache.cache")),
+             ("kvcache.budget", ("kvcache.store", "kvcache.policies"))]
 # a cycle on paper only: types take block geometry from ops.spans, which imports nothing of ours
 LOWER = {"sparse_attn.ops.spans", "sparse_attn.ops.contract"}
 
@@ -63,7 +69,8 @@ def inside(name: str, package: str) -> bool:
 def layer(module: str) -> int | None:
     """Place in LAYERS; None for modules that the drawing does not rank."""
     parts = module.split(".")
-    return LAYERS.index(parts[1]) if parts[0] == "sparse_attn" and len(parts) > 1 and parts[1] in LAYERS else None
+    known = LAYERS.get(parts[0], [])
+    return known.index(parts[1]) if len(parts) > 1 and parts[1] in known else None
 
 
 def broken_rules(module: str, imported: str) -> Iterator[str]:
@@ -83,8 +90,12 @@ def broken_rules(module: str, imported: str) -> Iterator[str]:
         standard = imported.split(".")[0] in sys.stdlib_module_names
         if not standard and not any(inside(imported, name) for name in torch_only) and not inside(imported, "triton"):
             yield f"{module} imports {imported}; ops import torch, errors and their siblings"
+    for one, others in STRANGERS:
+        if inside(module, one) and any(inside(imported, other) for other in others) and not inside(imported, one):
+            yield f"{module} imports {imported}; {one} does not know it"
     above, own = layer(imported), layer(module)
-    if own is not None and above is not None and above > own and not any(inside(imported, low) for low in LOWER):
+    same = imported.split(".")[0] == module.split(".")[0]
+    if same and own is not None and above is not None and above > own and not any(inside(imported, low) for low in LOWER):
         yield f"{module} imports {imported}, which stands above it"
 
 
@@ -108,6 +119,10 @@ def test_imports_point_one_way(path):
         ("sparse_attn.types", "from .ops import registry"),
         ("sparse_attn.attention", "import kvcache.store"),
         ("kvcache.store", "from benchmarks.measure import stamp"),
+        ("kvcache.store", "from .types import Seen"),
+        ("kvcache.policies.tova", "from ..store import Store"),
+        ("kvcache.types", "from .budget import Uniform"),
+        ("kvcache.cache", "import transformers"),
         ("sparse_attn.config", "from python_tests import oracle"),
     ],
 )

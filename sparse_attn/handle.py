@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,23 @@ from .rotary import Rotation
 
 # the implementation that a patched model's config names; never written to disk
 PATCHED = "sparse_attn"
+
+
+# (model, what patch(kv_cache=) was given) -> what gives each forward its cache; kvcache leaves it here when it is imported
+_CACHES: list[Callable[[torch.nn.Module, object], Callable]] = []
+
+
+def serve_caches(make: Callable[[torch.nn.Module, object], Callable]) -> None:
+    """Let ``make`` answer ``patch(kv_cache=...)``."""
+    _CACHES[:] = [make]
+
+
+def cache_installer(model: torch.nn.Module, spec: object) -> Callable | None:
+    """What turns the cache of a forward (or None) into one that ``spec`` describes; None where there is no spec."""
+    if spec is None:
+        return None
+    require(bool(_CACHES), "kv_cache needs the other half of this package; import kvcache first")
+    return _CACHES[0](model, spec)
 
 
 class Forward:
@@ -80,13 +97,15 @@ class Handle:
     """A patched model, until ``undo()``; also a context manager."""
 
     def __init__(self, around: torch.nn.Module, modules: dict[str, torch.nn.Module], configs: list, config: SparseAttnConfig,
-                 rotations: dict[str, Rotation]):
+                 rotations: dict[str, Rotation], install: Callable | None = None):
         self.config = config
         self._modules = modules
         self._configs = [(c, c._attn_implementation) for c in configs]
         self._forward = Forward()
         self._hooks = [around.register_forward_pre_hook(self._forward.begin),
                        around.register_forward_hook(self._forward.end, always_call=True)]
+        if install is not None:
+            self._hooks.append(around.register_forward_pre_hook(_cached(install), with_kwargs=True))
         n_layers = 1 + max(layer_of(m) for m in modules.values())
         for name, module in modules.items():
             module._sparse_attn = Patched(config, LayerLog(name, layer_of(module)), n_layers, self._forward, rotations.get(name))
@@ -136,3 +155,17 @@ class Handle:
 
     def __exit__(self, *exc) -> None:
         self.undo()
+
+
+def _cached(install: Callable) -> Callable:
+    """Forward pre-hook of the model around all layers: ``install`` decides on the cache, unless the call wants none."""
+
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        wanted = kwargs.get("use_cache")
+        wanted = getattr(module.config, "use_cache", True) if wanted is None else wanted
+        given = kwargs.get("past_key_values")
+        if wanted or given is not None:
+            kwargs["past_key_values"] = install(given)
+        return args, kwargs
+
+    return hook

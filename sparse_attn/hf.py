@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ from .attention import Attended, attend_args, sparse_attention
 from .config import SparseAttnConfig, as_selector
 from .dual_chunk import DualChunk, dual_chunk_attention
 from .errors import ContractError, NotServed, require, warn_once
-from .handle import PATCHED, Handle, Patched, layer_of
+from .handle import PATCHED, Handle, Patched, cache_installer, layer_of
+from .kept import FEW_QUERIES, KeptKV, Queries, attend_kept, take
 from .layout import Layout, allowed_traced, encode, layout_of, layout_of_one
 from .masked import masked_attention, only_listed
 from .own_blocks import attend_own_blocks
@@ -130,6 +131,37 @@ class _Call:
                 self.log.sparse(f"dual_chunk {backend}", refusals, found.density, self.q.shape[2], n_seen)
         return found.out.transpose(1, 2).contiguous()
 
+    def by_kept(self, kept: KeptKV, mask: Tensor | None, config: SparseAttnConfig) -> Tensor:
+        """Over what a cache kept of the text, which then learns what attention saw."""
+        n_q, refusal = self.q.shape[2], self.ours_can()
+        if mask is not None and mask.dim() != 2:
+            refusal = refusal or "its mask is neither causal nor padded"
+        layout = layout_of(mask if refusal is None else None, n_q, n_q)
+        if layout.holes:
+            refusal = refusal or "a row's real tokens are not one run; pad on one side only"
+        if self.patched and self.patched.rotation is not None:
+            refusal = refusal or "dual_chunk moves keys that the cache has let go of"
+        require(refusal is None, f"{type(self.module).__name__} cannot attend over an evicting cache: {refusal}")
+        kept.admit(layout.first, layout.last)
+        _, lengths = kept.table()
+        n_seen = int(lengths.max())
+        unwanted = _why_dense(config, self.module, n_q, n_seen)
+        whole = Layout(n_seen - n_q, n_seen, n_seen)
+        ctx = replace(self._context(whole), first=layout.first, last=layout.last, segments=None)
+        found = attend_kept(self.q, kept, ctx, Dense() if unwanted else config.prefill, Dense())
+        kept.observe(Queries(self.q, found.lse, layout.first, layout.last, self.scale, self.softcap, self.sinks))
+        if self.log is not None:
+            if not found.calls:
+                self._note("paged_attention", unwanted or f"no more than {FEW_QUERIES} queries", n_seen)
+            for q, kv, own, attended in found.calls:
+                backend, refusals = _explained(q, kv, own, attended)
+                if attended.plan.blocks is None:
+                    self.log.dense(backend, unwanted or attended.refusal or "heads keep different tokens", q.shape[2], q.shape[1], kv.n_tokens)
+                else:
+                    density = attended.plan.head_density()
+                    self.log.sparse(backend, refusals, density.repeat_interleave(q.shape[1] // len(density)), q.shape[2], kv.n_tokens)
+        return found.out.transpose(1, 2).contiguous()
+
     def ours_can(self) -> str | None:
         """None if our op can compute this call, else why not."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v, self.sinks) if t is not None):
@@ -200,6 +232,11 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     call = _Call(module, query, key, value, scale, dropout, softcap or 0.0, s_aux if s_aux is not None else sinks, kwargs, patched,
                  segment_ids)
+    kept, given = take(key)
+    if kept is not None:
+        require(given and indices is None and block_indices is None,
+                f"{type(module).__name__} changes its keys after the cache, or chooses among them; an evicting cache cannot serve it")
+        return call.by_kept(kept, attention_mask, config), None
     n_q, n_k = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     chosen = indices if indices is not None else block_indices
@@ -354,7 +391,7 @@ def _undrivable(config_class: type) -> str | None:
 
 def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, dense_layers: tuple[int, ...] = (),
           dense_below: int = 4096, min_queries: int = 16, dual_chunk: DualChunk | dict | None = None,
-          profile: Profile | str | Path | None = None) -> Handle:
+          profile: Profile | str | Path | None = None, kv_cache: object = None) -> Handle:
     """Make ``model`` read during prefill only what ``prefill`` chooses.
 
     Only the text model of a composite model is touched. Prompts over fewer than ``dense_below`` tokens (padding aside, longest
@@ -370,6 +407,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
         dual_chunk: lets layers with RoPE and without a sliding window read texts longer than the model was trained for, in
             prefill and decoding, dense or sparse; a ``DualChunk`` or a dict of its fields.
         profile: what ``python -m sparse_attn.calibrate`` wrote for this model, or the file it wrote; excludes ``prefill``.
+        kv_cache: what every fresh cache of this model becomes: a ``kvcache.CacheConfig``, or a dict such as
+            ``{"name": "snapkv", "budget": 2048}``; None leaves caches alone. Needs ``import kvcache``.
 
     Raises:
         ContractError: on a model that cannot be driven or is patched already, on bad arguments, or on the profile of another model;
@@ -403,14 +442,27 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
     if profile is not None:
         profile.require_model(model_id(model))
     turns = rotations(tower, modules) if config.dual_chunk else {}
+    install = cache_installer(model, kv_cache)
     configs = {id(c): c for m in tower.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return Handle(_around(tower, modules), modules, list(configs.values()), config, turns)
+    return Handle(_around(tower, modules), modules, list(configs.values()), config, turns, install)
 
 
 def _around(tower: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> torch.nn.Module:
     """The smallest model that holds all ``layers``: its forward runs whether it is called itself or by a head on top."""
     wanted = set(layers.values())
     return [m for m in tower.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())][-1]
+
+
+def runs_ours(config) -> bool:
+    """Does a model with this (text) config send its attention to us?"""
+    return config._attn_implementation in (PATCHED, *PATTERNS)
+
+
+def model_rotations(model: PreTrainedModel, wanted_by: str) -> dict[int, Rotation]:
+    """How each attention layer of a model rotates, by layer; raises ContractError, naming ``wanted_by``, where that cannot be repeated."""
+    tower = _text_model(model)
+    modules = _attention_of(tower)
+    return {layer_of(modules[name]): rotation for name, rotation in rotations(tower, modules, wanted_by).items()}
 
 
 def model_id(model: PreTrainedModel) -> ModelId:

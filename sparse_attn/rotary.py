@@ -61,8 +61,10 @@ class Rotation:
             return False
 
 
-def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module]) -> dict[str, Rotation]:
+def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wanted_by: str = "dual_chunk") -> dict[str, Rotation]:
     """The rotation of every attention module that rotates and sees all keys; layers without RoPE or with a window are left out.
+
+    ``wanted_by`` is the option that an error names.
 
     Raises:
         ContractError: if the model's rotation cannot be repeated.
@@ -87,7 +89,7 @@ def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module]) -> di
     if refusal is None and not found:
         refusal = "no layer of it has both rotary positions and full attention"
     if refusal is not None:
-        raise ContractError(f"dual_chunk cannot serve {type(tower).__name__}: {refusal}; leave dual_chunk out")
+        raise ContractError(f"{wanted_by} cannot serve {type(tower).__name__}: {refusal}; leave it out")
     return found
 
 

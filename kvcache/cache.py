@@ -1,0 +1,292 @@
+"""One layer of a cache that evicts: append, admit, observe. The only place where policy, budget and storage meet.
+
+A chunk of a prompt, a new turn, a drafted continuation and a single generated token all take the same way: their rows are
+appended, attention reads what was kept and them, the policy looks at what attention saw, and whatever exceeds the budget goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_attn import ops
+from sparse_attn.errors import require
+from sparse_attn.kept import Queries
+
+from .config import CacheConfig
+from .store import Meter, Part, Store
+from .types import Seen
+
+# moves keys rotated for some positions to others: (x [1, 1, N, D], at int64 [N], to int64 [N]) -> [1, 1, N, D]
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class CacheLayer:
+    """The tokens of one attention layer, no more of them than the budget says.
+
+    Args:
+        config: what stays.
+        layer, n_layers: which of the model's attention layers this is.
+        meter: counts the bytes of all layers of the cache.
+        turn: how the layer's keys are rotated; needed for ``config.roll``.
+
+    Attributes:
+        n_columns: tokens appended so far, padding included: the length that the model believes in.
+        n_seen: int64 ``[B]``, real ones.
+        recording: while set, nothing is evicted before ``crop``, so that a rejected draft can be taken back.
+    """
+
+    def __init__(self, config: CacheConfig, layer: int, n_layers: int, meter: Meter, turn: Turn | None = None):
+        self.config, self.layer, self.n_layers, self._meter, self._turn = config, layer, n_layers, meter, turn
+        self._window = getattr(config.policy, "window", 0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the request: tokens, scores, counts and memory."""
+        if hasattr(self, "store"):
+            self.store.clear()
+        self.store = Store(self._meter)
+        self.n_columns, self.n_seen, self.recording = 0, None, False
+        self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
+        self._held = False  # recording: the policy has not looked at the last tokens
+        self._pending: Queries | None = None  # what it will look at
+        self._tail: Queries | None = None  # the last queries of the prompt so far, for policies that look at a window
+        self._waiting = False  # evict="prompt" and the prompt may go on
+        self._floor = 0  # columns that the last eviction had seen; what it took cannot come back
+        self._appended = 0
+
+    # -- what attention reads (sparse_attn.kept.KeptKV) -----------------------------------------------------------------------
+
+    @property
+    def k(self) -> Tensor:
+        return self.store.k
+
+    @property
+    def v(self) -> Tensor:
+        return self.store.v
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[B, Hkv]`` starts and lengths of the runs, where the rows are."""
+        return self.store.table()
+
+    def parts(self) -> list[Part]:
+        """All runs, as few views."""
+        return list(self.store.parts())
+
+    # -- the way of a chunk ---------------------------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Take new keys ``[B, Hkv, N, D]`` and values; ``admit`` must follow."""
+        batch, n = k.shape[0], k.shape[2]
+        require(self.n_seen is None or len(self.n_seen) == batch,
+                f"the cache holds {0 if self.n_seen is None else len(self.n_seen)} sequences but {batch} came; reset() it between batches")
+        require(self._n_new is not None or not self._appended,
+                "attention never looked at the last tokens of this cache (the forward failed, or another attention implementation ran "
+                "it); reset() the cache and see that the model runs with sparse_attn's attention")
+        if self._held:
+            self._flush()
+        self.settle(n)
+        if self.n_seen is None:
+            self.n_seen = torch.zeros(batch, dtype=torch.int64)
+        if n == 1:
+            if self._appended > 1:
+                self.store.shrink()
+            self._tail = None
+        self.store.append(k, v, self._headroom(n))
+        self._appended, self._n_new = n, None
+
+    def settle(self, n: int) -> None:
+        """Do what waits for the first generated token, if ``n`` says that this is what comes next."""
+        if n == 1 and self._waiting:
+            self._evict(self._seen(None))
+
+    def _headroom(self, n: int) -> int:
+        """Rows per run to have ready besides the ``n`` that come: those of the budget, as far as more chunks like this would fill."""
+        if n == 1 or self.config.evict != "chunk":
+            return 0
+        budget = int(self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen + n).max())
+        return budget if n <= budget <= 8 * n else min(n, budget)
+
+    def admit(self, first: Tensor | None = None, last: Tensor | None = None) -> None:
+        """Say which of the appended tokens are real: int32 ``[B]`` bounds, None for all."""
+        self._n_new = self.store.admit(self._appended, first, last, self.n_seen)
+        self.n_seen = self.n_seen + self._n_new
+        self.n_columns += self._appended
+
+    def observe(self, queries: Queries | None, in_place: bool = True) -> None:
+        """Attention has read the layer: let the policy look, then evict what exceeds the budget.
+
+        Args:
+            queries: None where the policy does not need them.
+            in_place: False while somebody else still reads the rows that ``rectangle`` showed.
+        """
+        drafted = self.recording and self.n_columns > self._appended  # assisted decoding records from the prompt on
+        if (self._appended == 1 or drafted) and not self.config.policy.decoding:
+            return
+        if self.recording:
+            self._held, self._pending = True, queries
+            return
+        self._look(queries)
+        if self.config.evict == "chunk" or self._appended == 1 or self._complete():
+            self._evict(self._seen(None), in_place)
+        else:
+            self._waiting = True
+
+    def _complete(self) -> bool:
+        known = self.config.prompt_length
+        return known is not None and self.n_columns >= known
+
+    def _look(self, queries: Queries | None) -> None:
+        queries = self._joined(queries)
+        self.store.state.copy_(self.config.policy.observe(self._seen(queries)))
+        if self._window and queries is not None:
+            rows = slice(max(0, queries.q.shape[2] - self._window), None)
+            first = None if queries.first is None else (queries.first - rows.start).clamp(min=0)
+            whole = queries.last is None  # a row that ends in padding has its last queries somewhere else
+            self._tail = replace(queries, q=queries.q[:, :, rows].clone(), lse=queries.lse[:, :, rows].clone(), first=first) if whole else None
+
+    def _joined(self, queries: Queries | None) -> Queries | None:
+        """The chunk's queries, with as many of those before them as a policy's window still needs."""
+        short = queries is not None and self._window and queries.q.shape[2] < self._window
+        if not short or self._tail is None or queries.last is not None:
+            return queries
+        before = self._tail
+        have = before.q.shape[2]
+        keep = min(have, self._window - queries.q.shape[2])
+        first = before.first if before.first is not None else torch.zeros(len(queries.q), dtype=torch.int32, device=queries.q.device)
+        first = (first - (have - keep)).clamp(min=0)
+        if queries.first is not None:  # a row whose prompt only begins in this chunk
+            first = torch.where(queries.first > 0, queries.first + keep, first)
+        return replace(queries, q=torch.cat([before.q[:, :, have - keep :], queries.q], 2), first=first,
+                       lse=torch.cat([before.lse[:, :, have - keep :], queries.lse], 2))
+
+    def _seen(self, queries: Queries | None) -> Seen:
+        starts, lengths = self.store.table()
+        q = queries if queries is not None and self.config.policy.needs else None
+        return Seen(
+            k=self.store.k, v=self.store.v, starts=starts, lengths=lengths, positions=self.store.positions, state=self.store.state,
+            n_seen=self.n_seen, n_new=self._n_new if self._n_new is not None else torch.zeros_like(self.n_seen),
+            q=q.q if q else None, lse=q.lse if q else None, q_first=q.first if q else None, q_last=q.last if q else None,
+            scale=q.scale if q else 0.0, softcap=q.softcap if q else 0.0, sinks=q.sinks if q else None, layer=self.layer,
+            n_layers=self.n_layers,
+        )  # fmt: skip
+
+    # -- eviction -------------------------------------------------------------------------------------------------------------
+
+    def _evict(self, seen: Seen, in_place: bool = True) -> None:
+        self._waiting = False
+        lengths = self.store.lengths
+        tokens = self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen)
+        if bool((lengths.sum(1) <= tokens * lengths.shape[1]).all()):
+            return
+        rank = self._protected(self.config.policy.rank(seen, self.store.state), seen)
+        counts = self.config.budget.per_head(rank, seen.starts, seen.lengths, tokens, self.layer)
+        kept = torch.minimum(counts.cpu().long(), lengths)
+        gone = lengths - kept
+        if not bool(gone.any()):
+            return
+        one = in_place and self._appended == 1 and int(gone.max()) == 1
+        slots = int(kept.max()) + one
+        ids = ops.keep_top(rank, seen.starts, seen.lengths, kept.to(rank.device, torch.int32), slots)
+        if one:
+            at = torch.arange(slots, device=ids.device)
+            self.store.replace((ids == at).int().argmin(-1), gone == 1)  # the first offset that is missing
+        else:
+            self.store.keep(ids, kept, in_place)
+            if self._appended > int(kept.max()):
+                self.store.shrink()  # room for another chunk like this would be most of what the layer holds
+        self._floor = self.n_columns
+        if self.config.roll:
+            self._roll()
+
+    def _protected(self, rank: Tensor, seen: Seen) -> Tensor:
+        recent = max(self.config.recent, self.config.grace if self._appended == 1 else 0)
+        newest = seen.by_sequence(self.n_seen - recent)
+        return rank.masked_fill((seen.positions < self.config.sinks) | (seen.positions >= newest), float("inf"))
+
+    def _roll(self) -> None:
+        """Rotate keys so that the kept tokens stand side by side, the last one where it is."""
+        store = self.store
+        store.remember_true_keys()
+        for b in range(len(self.n_seen)):
+            for h in range(store.lengths.shape[1]):
+                start, n = int(store.starts[b, h]), int(store.lengths[b, h])
+                if not n:
+                    continue
+                at = store.positions[start : start + n].long().cpu()
+                order = at.argsort()
+                to = torch.empty_like(at)
+                to[order] = at.max() - torch.arange(n - 1, -1, -1)
+                moved = (at != to).nonzero()[:, 0] + start
+                if len(moved):
+                    rows = moved.to(store.k.device)
+                    store.k[rows] = self._turn(store.k_true[rows][None, None], at[moved - start], to[moved - start])[0, 0]
+
+    # -- taking back ----------------------------------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Evict no more until ``crop``."""
+        self.recording = True
+
+    def _flush(self) -> None:
+        self._held, queries, self._pending = False, self._pending, None
+        self._look(queries)
+
+    def crop(self, n: int) -> None:
+        """Take back the last ``n`` tokens of every sequence; while recording, also accept what is left and evict.
+
+        Raises:
+            ContractError: if an eviction has seen some of them: what it took cannot come back.
+        """
+        if self.store.k is None:
+            return
+        require(0 <= n <= self.n_columns, f"crop takes back {n} tokens but the cache has seen {self.n_columns}")
+        require(self.n_columns - n >= self._floor,
+                f"crop takes back {n} tokens, but layer {self.layer} last evicted {self.n_columns - self._floor} tokens ago and what it "
+                "dropped cannot come back; fork() the cache before the tokens that may be taken back")
+        if n:
+            self.store.drop(torch.full_like(self.n_seen, n))
+            self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
+        if self._held:
+            self._accept(n)
+
+    def _accept(self, n: int) -> None:
+        """Show the policy what is left of the last forward when its last ``n`` queries were taken back, then evict."""
+        left = self._appended - n
+        if left <= 0:
+            self._held, self._pending = False, None
+            return
+        if self._pending is not None:
+            self._pending = replace(self._pending, q=self._pending.q[:, :, :left], lse=self._pending.lse[:, :, :left])
+        self._n_new = torch.full_like(self.n_seen, left)
+        self._flush()
+        self._evict(self._seen(None))
+
+    # -- the batch ------------------------------------------------------------------------------------------------------------
+
+    def select(self, sequences: Tensor) -> None:
+        """Make the sequences numbered ``sequences`` the batch, in that order, repeats allowed."""
+        if self.store.k is None:
+            return
+        self.store.select(sequences)
+        on_host = sequences.cpu()
+        self.n_seen = self.n_seen[on_host]
+        self._n_new = None if self._n_new is None else self._n_new[on_host]
+        self._pending, self._tail = (None if x is None else _selected(x, sequences) for x in (self._pending, self._tail))
+
+    def fork(self, meter: Meter) -> CacheLayer:
+        """The same layer in memory of its own."""
+        twin = CacheLayer(self.config, self.layer, self.n_layers, meter, self._turn)
+        store = self.store.copy(meter)
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store")})
+        twin.store = store
+        return twin
+
+
+def _selected(queries: Queries, sequences: Tensor) -> Queries:
+    of = sequences.to(queries.q.device)
+    bounds = {name: None if (x := getattr(queries, name)) is None else x[of] for name in ("first", "last")}
+    return replace(queries, q=queries.q[of], lse=queries.lse[of], **bounds)

@@ -1,0 +1,166 @@
+"""What a cache keeps and when it decides, as one frozen value that equals its JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from sparse_attn.errors import ContractError, require
+
+from .budget import BUDGETS, Budget
+from .policies import POLICIES
+from .types import CachePolicy
+
+# methods that are a policy with a budget of their own: name -> (policy, budget)
+METHODS = {name: (name, "uniform") for name in POLICIES} | {
+    "pyramidkv": ("snapkv", "pyramid"),
+    "adakv": ("snapkv", "per_head"),
+    "duo": ("streaming", "duo_heads"),
+}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a cache keeps, and when it decides.
+
+    Attributes:
+        policy: ranks tokens.
+        budget: how many stay.
+        sinks: first tokens of a sequence that always stay; None for what the policy is used to.
+        recent: last tokens that always stay; None for what the policy is used to.
+        grace: like ``recent``, while tokens are generated one at a time: a new token cannot go before so many others came.
+        evict: "chunk" after every forward over more than one token, so that no more than budget + chunk is ever held; "prompt"
+            only once the prompt is complete, which costs its whole length and scores every token with the whole prompt known.
+        prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token.
+        roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
+    """
+
+    policy: CachePolicy
+    budget: Budget
+    sinks: int | None = None
+    recent: int | None = None
+    grace: int = 0
+    evict: str = "chunk"
+    prompt_length: int | None = None
+    roll: bool = False
+
+    def __post_init__(self):
+        for name, usual in zip(("sinks", "recent"), getattr(self.budget, "protect", self.policy.protect)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+        for name in ("sinks", "recent", "grace"):
+            tokens = getattr(self, name)
+            require(isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0,
+                    f"{name}={tokens!r} must be a number of tokens, 0 or more")
+        require(self.evict in ("chunk", "prompt"), f"evict={self.evict!r} is not known; use 'chunk' or 'prompt'")
+        length = self.prompt_length
+        require(length is None or (isinstance(length, int) and length > 0), f"prompt_length={length!r} must be 1 or more tokens, or None")
+        require(length is None or self.evict == "prompt", "prompt_length has a use only with evict='prompt'; leave it out")
+        window = getattr(self.policy, "window", 0)
+        require(self.recent >= window, f"recent={self.recent} is less than the policy's window={window}, whose tokens must stay; give {window}")
+        self.budget.require_room(self.sinks + max(self.recent, self.grace))
+
+    def to_json(self) -> dict:
+        """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS)}
+
+    @classmethod
+    def from_json(cls, value: dict) -> CacheConfig:
+        """The config that ``to_json`` wrote."""
+        require(isinstance(value, dict), f"a cache config is a dict, got {type(value).__name__}")
+        _require_known(value, [f.name for f in fields(cls)], "the cache config")
+        require("policy" in value and "budget" in value, f"a cache config needs policy and budget, got {_listed(value) or 'nothing'}")
+        return cls(**value | {"policy": _made(value["policy"], POLICIES, "policy"), "budget": _made(value["budget"], BUDGETS, "budget")})
+
+
+def as_config(policy: CachePolicy | str | dict, budget: Budget | int | float | dict | None, **settings) -> CacheConfig:
+    """The config that a method's name, a size and loose arguments describe.
+
+    Args:
+        policy: a policy; the name of a method (``METHODS``); or its JSON form, a dict with ``name`` and arguments.
+        budget: tokens per KV head; a share of the prompt below 1; a budget; or its JSON form. None where the method says it all.
+        settings: fields of CacheConfig, of the policy and of the method's budget.
+
+    Example:
+        >>> config = as_config("pyramidkv", 2048, window=32, beta=10)
+        >>> config.policy.window, config.budget.beta, config.recent
+        (32, 10, 32)
+        >>> CacheConfig.from_json(config.to_json()) == config
+        True
+        >>> as_config("snapkv", 2048, windw=32)
+        Traceback (most recent call last):
+        ...
+        sparse_attn.errors.ContractError: snapkv has no argument 'windw'; it has evict, grace, prompt_length, recent, roll, sinks, \
+decay, kernel, pool, reduce, window
+    """
+    own = {f.name for f in fields(CacheConfig)} - {"policy", "budget"}
+    if isinstance(policy, dict):
+        require("name" in policy, f"the policy has no 'name' in {policy}; there are {_listed(METHODS)}")
+        settings = {key: v for key, v in policy.items() if key != "name"} | settings
+        policy = policy["name"]
+    name, kind = (policy, "uniform") if isinstance(policy, str) else (type(policy).__name__, "uniform")
+    takes_policy: set[str] = set()
+    if isinstance(policy, str):
+        require(policy in METHODS, f"{policy!r}: no such cache policy; there are {_listed(METHODS)}")
+        made_by, kind = POLICIES[METHODS[policy][0]], METHODS[policy][1]
+        takes_policy = {f.name for f in fields(made_by)}
+    sized = not isinstance(budget, Budget | dict)
+    takes_budget = ({f.name for f in fields(BUDGETS[kind])} - {"tokens", "ratio"} if sized else set()) - own
+    unknown = [key for key in settings if key not in own | takes_policy | takes_budget]
+    has = ", ".join([*sorted(own), *sorted(takes_policy | takes_budget)])
+    require(not unknown, f"{name} has no argument {unknown[0] if unknown else ''!r}; it has {has}")
+    of_budget = {key: settings.pop(key) for key in list(settings) if key in takes_budget}
+    if isinstance(policy, str):
+        policy = _build(made_by, name, {key: settings.pop(key) for key in list(settings) if key in takes_policy})
+    if sized:
+        if kind == "pyramid":
+            of_budget.setdefault("base", policy.window)  # the paper counts the window on top of what it shares out
+        budget = _sized(kind, budget, of_budget)
+    elif isinstance(budget, dict):
+        budget = _made(budget, BUDGETS, "budget")
+    return CacheConfig(policy, budget, **settings)
+
+
+def _sized(kind: str, size: int | float | None, arguments: dict) -> Budget:
+    takes = {f.name for f in fields(BUDGETS[kind])}
+    if size is None:
+        require("tokens" not in takes, "how many tokens may stay? give budget= tokens per KV head, or a share of the prompt below 1")
+        return _build(BUDGETS[kind], kind, arguments)
+    number = isinstance(size, int | float) and not isinstance(size, bool)
+    require(number, f"budget={size!r} must be tokens per KV head, a share of the prompt below 1, or a budget")
+    require("tokens" in takes, f"the budget of this method is not a number of tokens; it takes {_listed(takes)}")
+    share = isinstance(size, float) and size <= 1
+    return _build(BUDGETS[kind], kind, {"ratio" if share else "tokens": size, **arguments})
+
+
+def _made(value, table: dict[str, type], what: str):
+    if not isinstance(value, dict):
+        return value
+    require(value.get("name") in table, f"{value.get('name')!r}: no such {what}; there are {_listed(table)}")
+    arguments = {key: v for key, v in value.items() if key != "name"}
+    _require_known(arguments, [f.name for f in fields(table[value["name"]])], value["name"])
+    return _build(table[value["name"]], value["name"], arguments)
+
+
+def _build(cls: type, name: str, arguments: dict):
+    try:
+        return cls(**arguments)
+    except ContractError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{name} cannot take {arguments}: {error}") from error
+
+
+def _named(value, table: dict[str, type]) -> dict:
+    name = next((n for n, cls in table.items() if type(value) is cls), None)
+    require(name is not None, f"{type(value).__name__} has no JSON form; there are {_listed(table)}")
+    return {"name": name} | asdict(value)
+
+
+def _require_known(given: dict, known: list[str], what: str) -> None:
+    unknown = [key for key in given if key not in known]
+    require(not unknown, f"{what} has no entry {unknown[0] if unknown else ''!r}; it has {_listed(known)}")
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(names))

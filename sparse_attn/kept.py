@@ -1,0 +1,156 @@
+"""Attention over what a cache kept: how a cache layer shows itself to our attention function, and the attention itself.
+
+``Cache.update`` is followed at once by the attention of the same layer, in the same thread: the layer leaves a note with the
+tensors that it returns, and the attention function that receives them takes it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .attention import Attended, sparse_attention
+from .types import LayerContext, ResidentKV, Selector
+
+# at most this many queries are attended run by run at memory speed, without building lists
+FEW_QUERIES = 16
+
+_notes = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What attention learned about the queries of one chunk.
+
+    Attributes:
+        q: ``[B, H, Nq, D]``, rotated.
+        lse: float32 ``[B, H, Nq]``.
+        first, last: int32 ``[B]``, the real queries of each sequence; None for all.
+        scale, softcap, sinks: as in LayerContext.
+    """
+
+    q: Tensor
+    lse: Tensor
+    first: Tensor | None
+    last: Tensor | None
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+class Part(Protocol):
+    """Runs of one length, seen as ordinary tensors; see ``kvcache.store.Part``."""
+
+    rows: slice
+    heads: slice
+    k: Tensor
+    v: Tensor
+
+
+class KeptKV(Protocol):
+    """A cache layer between ``update`` and the end of attention. Its tokens lie in runs: see ``ops.paged_attention``."""
+
+    k: Tensor  # [S, D]
+    v: Tensor  # [S, Dv]
+
+    def admit(self, first: Tensor | None, last: Tensor | None) -> None:
+        """Say which of the appended tokens (int32 ``[B]`` bounds, None for all) are real; the others are dropped."""
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[B, Hkv]`` starts and lengths of the runs."""
+
+    def parts(self) -> list[Part]:
+        """All runs, as few views."""
+
+    def observe(self, queries: Queries) -> None:
+        """Attention is over: score, evict."""
+
+
+def leave(kept: KeptKV, k: Tensor) -> None:
+    """Tell the attention that will be given ``k`` where it comes from."""
+    _notes.last = (kept, k)
+
+
+def take(k: Tensor) -> tuple[KeptKV | None, bool]:
+    """The layer that the last ``update`` of this thread was of, and whether ``k`` is what it returned."""
+    kept, given = getattr(_notes, "last", (None, None))
+    _notes.last = (None, None)
+    return kept, given is k
+
+
+@dataclass(frozen=True, eq=False)
+class KeptAttended:
+    """Result of ``attend_kept``.
+
+    Attributes:
+        out: ``[B, H, Nq, Dv]``, laid out as ``[B, Nq, H, Dv]``; 0 where a query is padding.
+        lse: float32 ``[B, H, Nq]``; -inf there.
+        calls: the calls that made it up, each with its keys and context; empty for few queries.
+    """
+
+    out: Tensor
+    lse: Tensor
+    calls: list[tuple[Tensor, ResidentKV, LayerContext, Attended]]
+
+
+def attend_kept(q: Tensor, kept: KeptKV, ctx: LayerContext, selector: Selector, few: Selector) -> KeptAttended:
+    """Attention of a chunk's queries over a layer's runs, their own tokens being the last real ones of each run.
+
+    Every kept token is older than the chunk, so causality by place in the run is causality by position.
+
+    Args:
+        q: ``[B, H, Nq, D]``.
+        ctx: ``first`` and ``last`` bound the real queries here; ``q_start`` is not read.
+        selector: decides what a chunk reads where all heads keep equally many tokens.
+        few: reads everything; for heads that keep different numbers, whose blocks have no common grid.
+    """
+    batch, heads, n_q, _ = q.shape
+    if n_q <= FEW_QUERIES:
+        starts, lengths = kept.table()
+        out, lse = ops.paged_attention(q, kept.k, kept.v, starts[..., None], lengths[..., None].int(), ctx.scale, True, ctx.softcap,
+                                       ctx.sinks, ctx.first, ctx.last)
+        return KeptAttended(out, lse, [])
+    parts = list(kept.parts())
+    group = heads // sum(p.k.shape[1] for p in parts if p.rows.start == 0)
+    low = [0] * batch if ctx.first is None else ctx.first.tolist()
+    high = [n_q] * batch if ctx.last is None else ctx.last.tolist()
+    if len(set(zip(low, high))) > 1:
+        parts = [_row(p, b) for p in parts for b in range(p.k.shape[0])]
+    calls, whole = [], len(parts) == 1
+    out = q.new_zeros(batch, n_q, heads, kept.v.shape[1]).transpose(1, 2) if not whole or (low[0], high[0]) != (0, n_q) else None
+    lse = torch.full((batch, heads, n_q), float("-inf"), device=q.device)
+    for part in parts:
+        rows = slice(low[part.rows.start], high[part.rows.start])
+        if rows.start == rows.stop:
+            continue
+        of = slice(part.heads.start * group, part.heads.stop * group)
+        queries, n_k = q[part.rows, of, rows], part.k.shape[2]
+        own = LayerContext(ctx.layer, ctx.scale, n_k - queries.shape[2], softcap=ctx.softcap, n_layers=ctx.n_layers,
+                           sinks=None if ctx.sinks is None else ctx.sinks[of], carry=ctx.carry if whole else None)
+        kv = ResidentKV(part.k, part.v)
+        attended = sparse_attention(queries, kv, own, selector if queries.shape[1] == heads else few)
+        calls.append((queries, kv, own, attended))
+        lse[part.rows, of, rows] = attended.lse
+        if out is None:
+            out = attended.out
+        else:
+            out[part.rows, of, rows] = attended.out
+    return KeptAttended(out, lse, calls)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    rows: slice
+    heads: slice
+    k: Tensor
+    v: Tensor
+
+
+def _row(part: Part, b: int) -> _Row:
+    at = part.rows.start + b
+    return _Row(slice(at, at + 1), part.heads, part.k[b : b + 1], part.v[b : b + 1])
