@@ -313,10 +313,14 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     one = Shape(n=1, heads=1, kv_heads=1, head_dim=shape.head_dim, block=shape.block, dtype=shape.dtype)
     q, k, v = one.tensors
     index, edges = random_lists(one, 1.0), (one.block, one.block)
+    run = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
+        "keep_top": (torch.ones(1), *run, torch.ones(1, 1, dtype=torch.int32), 1),
         "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
+        "move_rows": (k[0, 0], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
+        "paged_attention": (q, k[0, 0], v[0, 0], torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).int(), one.scale),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),

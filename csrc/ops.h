@@ -17,6 +17,12 @@ struct View {
   int64_t stride[4];
 };
 
+// Rows of a flat store [S, D], contiguous in D; stride in elements.
+struct Rows {
+  const void* data;
+  int64_t count, width, stride;
+};
+
 // Real keys of each batch row; a null pointer means 0 and n_k.
 struct Padding {
   const int32_t* first;
@@ -159,6 +165,24 @@ struct JsDistance {
 };
 void js_distance(const JsDistance& args, const Parallel& parallel);
 
+struct KeepTop {
+  const float* score;  // [n_rows], contiguous
+  int64_t n_rows;
+  const int64_t *starts, *lengths;  // [B, Hkv], contiguous
+  const int32_t* counts;            // [B, Hkv], contiguous
+  int64_t batch, kv_heads, slots;
+  int32_t* out;  // [B, Hkv, slots], contiguous
+};
+void keep_top(const KeepTop& args, const Parallel& parallel);
+
+struct MoveRows {
+  char* rows;  // contiguous
+  int64_t n_rows, row_bytes;
+  const int64_t *sources, *targets;  // [n]
+  int64_t n;
+};
+void move_rows(const MoveRows& args, const Parallel& parallel);
+
 struct BlockSparseAttention {
   View q, k, v;
   const int32_t* counts;   // [B, lists, q_blocks], contiguous
@@ -181,5 +205,22 @@ struct BlockSparseAttention {
   float* lse;  // [B, H, Nq], contiguous
 };
 void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
+
+struct PagedAttention {
+  View q;
+  Rows k, v;              // in q's dtype
+  const int64_t* starts;  // [B, Hkv, pages], contiguous
+  const int32_t* counts;  // [B, Hkv, pages], contiguous
+  int64_t kv_heads, pages;
+  double scale;
+  bool causal;
+  double softcap;
+  const float* sinks;  // [H], or null
+  Padding queries;     // of rows of q; null means 0 and Nq
+  const float* bias;   // [S], or null
+  View out;            // [B, H, Nq, Dv], in q's dtype
+  float* lse;          // [B, H, Nq], contiguous
+};
+void paged_attention(const PagedAttention& args, const Parallel& parallel);
 
 }  // namespace SA_NAMESPACE

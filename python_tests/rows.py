@@ -89,10 +89,16 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
     lists = torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6).contiguous()
     counts = torch.full((2, 2, 5), 6, dtype=torch.int32)
     score, geometry = torch.rand(2, 4, 5, 6), (16, 16, 70, 90, 20, True, 0, first, last)
+    runs = torch.tensor([[0, 30], [12, 19]]), torch.tensor([[11, 10], [0, 7]])
     return {
         "antidiagonal_score": (q, k, 16, 16, 4, 0.125, 20, True, 0, True, first, last),
         "js_distance": (torch.rand(2, 4, 9).softmax(-1), torch.rand(2, 4, 9).softmax(-1)),
+        "keep_top": (torch.rand(40), *runs, torch.tensor([[3, 0], [9, 7]], dtype=torch.int32), 7),
         "merge_attention": (torch.stack([q, -q]), torch.randn(2, 2, 4, 70)),
+        "move_rows": (torch.rand(40, 3).to(dtype), torch.tensor([3, 4, 9, 30]), torch.tensor([1, 3, 4, 5])),
+        "paged_attention": (q[:, :, :5], k[0, 0], v[1, 1], torch.tensor([[[0, 60], [9, 0]]] * 2),
+                            torch.tensor([[[40, 30], [81, 0]]] * 2).int(), 0.125, True, 5.0, torch.randn(4),
+                            *(torch.tensor(bound).int() for bound in ([0, 2], [5, 4])), torch.randn(90)),
         "pool_blocks": (q, 16, "unit_mean", first.clamp(max=60), last.clamp(max=70)),
         "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
         "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),

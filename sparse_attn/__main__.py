@@ -33,11 +33,15 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     share = torch.full((_HEADS,), 0.9, dtype=torch.float64, device=device)
     score = torch.rand(1, _HEADS, blocks, blocks, device=device)
     pooled = torch.zeros(1, _HEADS, blocks, _HEAD_DIM, device=device)
+    runs = (torch.arange(_KV_HEADS, device=device)[None] * _TOKENS, torch.full((1, _KV_HEADS), _TOKENS, device=device))
     geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
+        "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
         "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
+        "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
+        "paged_attention": lambda: (q[:, :, -1:], *[k.flatten(0, 2)] * 2, runs[0][..., None], runs[1][..., None].int(), scale),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "select_blocks": lambda: (score, share, None, *geometry),

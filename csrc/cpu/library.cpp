@@ -40,6 +40,12 @@ View view(const Tensor& t) {
   return v;
 }
 
+Rows rows_of(const Tensor& t, const char* name) {
+  SA_CHECK(t.size(1) == 1 || t.stride(1) == 1, name, " must be contiguous in its last dimension, got stride ", t.stride(1),
+           "; call contiguous()");
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0)};
+}
+
 // a contiguous tensor of the dtype; the copy, where one was needed, lives as long as this object
 class Flat {
  public:
@@ -173,6 +179,24 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
               kParallel);
 }
 
+[[maybe_unused]] void run_keep_top(Tensor out, Tensor score, Tensor starts, Tensor lengths, Tensor counts, int64_t slots) {
+  const Flat scores(score, ScalarType::Float), begin(starts, ScalarType::Long), size(lengths, ScalarType::Long);
+  const Flat wanted(counts, ScalarType::Int);
+  expect_size(out, {starts.size(0), starts.size(1), slots}, "offsets");
+  keep_top({scores.data<float>(), score.size(0), begin.data<int64_t>(), size.data<int64_t>(), wanted.data<int32_t>(),
+            starts.size(0), starts.size(1), slots, output<int32_t>(out, ScalarType::Int, "offsets")},
+           kParallel);
+}
+
+[[maybe_unused]] void run_move_rows(Tensor rows, Tensor sources, Tensor targets) {
+  const Flat from(sources, ScalarType::Long), to(targets, ScalarType::Long);
+  SA_CHECK(rows.is_contiguous(), "rows must be contiguous, they are moved whole; pass the tensor that owns the memory");
+  const int64_t n_rows = rows.size(0), bytes = rows.numel() * int64_t(rows.element_size());
+  move_rows({static_cast<char*>(rows.data_ptr()), n_rows, n_rows ? bytes / n_rows : 0, from.data<int64_t>(), to.data<int64_t>(),
+             sources.size(0)},
+            kParallel);
+}
+
 [[maybe_unused]] void run_block_sparse_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor counts,
                                                  Tensor indices, int64_t block_q, int64_t block_k, double scale, int64_t q_start,
                                                  bool causal, int64_t window, double softcap, OptionalTensor first,
@@ -191,6 +215,21 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                           columns ? columns->size(1) : 0, columns ? columns->size(2) : 0, nears.data<int32_t>(), dense_rows,
                           orders.data<int32_t>(), pv_threshold, view(out), output<float>(lse, ScalarType::Float, "lse")},
                          kParallel);
+}
+
+[[maybe_unused]] void run_paged_attention(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts,
+                                          double scale, bool causal, double softcap, OptionalTensor sinks,
+                                          OptionalTensor q_first, OptionalTensor q_last, OptionalTensor bias) {
+  const Flat firsts(q_first, ScalarType::Int), lasts(q_last, ScalarType::Int), sink_logits(sinks, ScalarType::Float);
+  const Flat start(starts, ScalarType::Long), count(counts, ScalarType::Int), biases(bias, ScalarType::Float);
+  expect_size(out, {q.size(0), q.size(1), q.size(2), v.size(1)}, "out");
+  expect_size(lse, {q.size(0), q.size(1), q.size(2)}, "lse");
+  SA_CHECK(out.scalar_type() == q.scalar_type(), "out: must have q's dtype");
+  paged_attention({view(q), rows_of(k, "k"), rows_of(v, "v"), start.data<int64_t>(), count.data<int32_t>(), starts.size(1),
+                   starts.size(2), scale, causal, softcap, sink_logits.data<float>(),
+                   {firsts.data<int32_t>(), lasts.data<int32_t>()}, biases.data<float>(), view(out),
+                   output<float>(lse, ScalarType::Float, "lse")},
+                  kParallel);
 }
 
 }  // namespace
@@ -222,10 +261,17 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.impl("select_global", TORCH_BOX(&run_select_global));
   m.def("js_distance(Tensor(a!) out, Tensor p, Tensor q) -> ()");
   m.impl("js_distance", TORCH_BOX(&run_js_distance));
+  m.def("keep_top(Tensor(a!) out, Tensor score, Tensor starts, Tensor lengths, Tensor counts, int slots) -> ()");
+  m.impl("keep_top", TORCH_BOX(&run_keep_top));
+  m.def("move_rows(Tensor(a!) rows, Tensor sources, Tensor targets) -> ()");
+  m.impl("move_rows", TORCH_BOX(&run_move_rows));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "
         "int block_q, int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "
         "Tensor? sinks, Tensor? columns, Tensor? near, int dense_rows, Tensor? order, float pv_threshold) -> ()");
   m.impl("block_sparse_attention", TORCH_BOX(&run_block_sparse_attention));
+  m.def("paged_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts, float scale, "
+        "bool causal, float softcap, Tensor? sinks, Tensor? q_first, Tensor? q_last, Tensor? bias) -> ()");
+  m.impl("paged_attention", TORCH_BOX(&run_paged_attention));
 }
 
 }  // namespace SA_NAMESPACE

@@ -169,6 +169,21 @@ SA_INLINE void transpose(F32 (&row)[kLanes]) {
   }
 }
 
+// lane i is the sum of the lanes of row[i]
+SA_INLINE F32 sums(F32 (&row)[kLanes]) {
+  #pragma GCC unroll 4
+  for (int s = kLanes / 2; s; s /= 2) {
+    I32 low{}, high{};
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & s ? kLanes + i - s : i;
+      high[i] = i & s ? kLanes + i : i + s;
+    }
+    #pragma GCC unroll 8
+    for (int i = 0; i < s; ++i) row[i] = __builtin_shuffle(row[i], row[i + s], low) + __builtin_shuffle(row[i], row[i + s], high);
+  }
+  return row[0];
+}
+
 // -- elements: how a dtype is read and written -----------------------------------------------------------------------------------
 
 struct Bf16 {

@@ -3,7 +3,10 @@
 from .antidiagonal_score import antidiagonal_score
 from .block_sparse_attention import block_sparse_attention
 from .js_distance import js_distance
+from .keep_top import keep_top
 from .merge_attention import merge_attention
+from .move_rows import move_rows
+from .paged_attention import paged_attention
 from .pool_blocks import pool_blocks
 from .pooled_score import pooled_score
 from .registry import OPS, use_backend
@@ -12,5 +15,6 @@ from .select_global import select_global
 from .strided_score import strided_score
 from .window_score import window_score
 
-__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "merge_attention", "pool_blocks", "pooled_score",
-           "select_blocks", "select_global", "strided_score", "use_backend", "window_score"]
+__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "merge_attention", "move_rows",
+           "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score", "use_backend",
+           "window_score"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import require
 from . import native
+from .attend import attend, empty_outputs
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import Span, spans
@@ -32,19 +33,6 @@ def _column_keys(columns: Tensor, n_k: int) -> Tensor:
     """bool ``[Hc, n_k]``: is the key a column?"""
     found = torch.zeros(columns.shape[0], n_k + 1, dtype=torch.bool, device=columns.device)
     return found.scatter_(1, columns.long().masked_fill((columns < 0) | (columns >= n_k), n_k), True)[:, :n_k]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sinks: Tensor | None):
-    """Softmax attention of a few rows: q ``[H, rows, D]``, k and v ``[H, keys, D]``, seen ``[H, rows, keys]``."""
-    logits = q @ k.mT * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        logits = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1).to(logits.dtype)], -1)
-    lse = logits.logsumexp(-1)
-    p = (logits - lse[..., None]).exp().masked_fill(lse[..., None].isneginf(), 0.0)
-    return p[..., : k.shape[1]] @ v, lse
 
 
 def _require_listed(counts: Tensor, indices: Tensor, n_k: int, block_k: int) -> None:
@@ -153,8 +141,9 @@ def block_sparse_attention(
     _require_columns(columns, rows_alone)
     _require_permutation(order, rows_alone)
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(batch, n_q, heads, v.shape[3]).transpose(1, 2)
-    lse = torch.full((batch, heads, n_q), float("-inf"), device=q.device, dtype=torch.float32)
+    out, lse = empty_outputs(q, v)
+    out.zero_()
+    lse.fill_(float("-inf"))
     slot = torch.arange(indices.shape[3], device=q.device)
     for b, span in enumerate(rows_alone):
         keys, values = (x[b, :, span.keys].to(wide).repeat_interleave(group, dim=0) for x in (k, v))
@@ -172,7 +161,7 @@ def block_sparse_attention(
                 read = read | (k_pos < near[:, :1, None]) | (back < near[:, 1:, None])
             seen = _visible(rows + span.q_start, k_pos, causal, window) & read
             at = rows + span.rows.start
-            o, l = _attend(q[b, :, at].to(wide), keys, values, seen, scale, softcap, sinks)
+            o, l = attend(q[b, :, at].to(wide), keys, values, seen, scale, softcap, sinks)
             out[b, :, at], lse[b, :, at] = o.to(out.dtype), l.float()
     return out, lse
 
@@ -227,10 +216,8 @@ def _check_plan(q, k, causal, columns, near, dense_rows, order, pv_threshold):
 
 
 @block_sparse_attention.fake
-def _outputs(q, k, v, counts, indices, block_q, block_k, scale, q_start=0, causal=True, window=0, softcap=0.0, first=None,
-             last=None, sinks=None, columns=None, near=None, dense_rows=0, order=None, pv_threshold=0.0):
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+def _outputs(q, k, v, *rest, **named):
+    return empty_outputs(q, v)
 
 
 native.add(block_sparse_attention, _outputs, lambda isa, q, *rest: native.needs_dtype(q))

@@ -68,7 +68,8 @@ def add(op: Op, outputs: Callable, refuses: Callable[..., str | None] = lambda i
 
     Args:
         op: its kernel is ``csrc/cpu/<op.name>.cpp``, listed in ``library.cpp`` with the op's arguments behind its outputs.
-        outputs: allocates the outputs from the op's arguments; the op's fake function does exactly that.
+        outputs: allocates the outputs from the op's arguments, or returns None where the op writes in place; the op's fake
+            function does exactly that.
         refuses: ``refuses(isa, *args)`` is None, or what the kernels need and did not get.
     """
     for isa in ISAS + TEST_ISAS:
@@ -88,7 +89,7 @@ def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | N
 
     def run(*args, out=None):
         results = outputs(*args) if out is None else out
-        flat = (results,) if isinstance(results, Tensor) else tuple(results)
+        flat = (results,) if isinstance(results, Tensor) else tuple(results or ())
         try:
             _kernel(isa, op.name)(*flat, *args)
         except (ValueError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import os
 import warnings
@@ -48,7 +49,7 @@ class Backend:
 class Op:
     """A torch operator with a reference, a contract and any number of backends."""
 
-    def __init__(self, reference: Callable):
+    def __init__(self, reference: Callable, mutates: tuple[str, ...] = ()):
         self.name = reference.__name__
         self.reference = reference
         self.__doc__ = reference.__doc__
@@ -58,7 +59,7 @@ class Op:
         self._check: Callable = lambda *args: None
         self._warned: set[str] = set()
         self._settled: dict[tuple, Callable] = {}  # call shape -> what runs it, once its contract was checked
-        LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
+        LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         self._call = getattr(getattr(torch.ops.sparse_attn, self.name), "default")
         OPS[self.name] = self
@@ -173,9 +174,12 @@ class Op:
             warnings.warn(sentence, stacklevel=4)
 
 
-def op(reference: Callable) -> Op:
-    """Make ``reference`` the definition of an op; its name and signature become the operator's."""
-    return Op(reference)
+def op(reference: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Op | Callable[[Callable], Op]:
+    """Make ``reference`` the definition of an op; its name and signature become the operator's.
+
+    ``@op(mutates=("rows",))`` names the arguments that it writes in place; such an op returns None.
+    """
+    return functools.partial(Op, mutates=mutates) if reference is None else Op(reference, mutates)
 
 
 @contextlib.contextmanager
