@@ -123,7 +123,8 @@ class CacheLayer:
             queries: None where the policy does not need them.
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
-        if (self._appended == 1 or self.recording) and not self.config.policy.decoding:
+        drafted = self.recording and self.n_columns > self._appended  # assisted decoding records from the prompt on
+        if (self._appended == 1 or drafted) and not self.config.policy.decoding:
             return
         if self.recording:
             self._held, self._pending = True, queries
@@ -195,6 +196,8 @@ class CacheLayer:
             self.store.replace((ids == at).int().argmin(-1), gone == 1)  # the first offset that is missing
         else:
             self.store.keep(ids, kept, in_place)
+            if self._appended > int(kept.max()):
+                self.store.shrink()  # room for another chunk like this would be most of what the layer holds
         self._floor = self.n_columns
         if self.config.roll:
             self._roll()
