@@ -23,6 +23,8 @@ from .needle.haystack import NeedleError
 
 RESULTS = Path("build") / "caches.jsonl"
 QUESTIONS = ("inside", "after")
+# a score that waits until it knows the whole prompt holds all of it until then: a second row shows what that buys
+ALSO: dict[str, list[dict]] = {"snapkv": [{"evict": "prompt"}]}
 # what no budget in tokens describes
 WITHOUT = {"duo": "a split of the heads, not a budget", "locret": "heads trained for the model"}
 
@@ -41,30 +43,33 @@ def methods(names: Sequence[str], budgets: Sequence[int], questions: Sequence[st
     found = []
     for question in questions:
         found.append(runner.Method(question=question))
-        found += [runner.Method(cache=name, cache_args={"budget": n}, question=question) for name in names for n in budgets]
+        found += [runner.Method(cache=name, cache_args={"budget": n, **settings}, question=question)
+                  for name in names for settings in ({}, *ALSO.get(name, ())) for n in budgets]
     for method in found:
         method.check()
     return found
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """One row per length, question, cache and budget; a cache that keeps everything is called "everything" and has no budget."""
+    """One row per length, question, cache with its settings, and budget; "everything" is what a cache without a budget keeps."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        cache, budget = row.get("cache", "everything"), row.get("cache_args", {}).get("budget")
-        groups[row["length"], row.get("question", "inside"), cache, budget].append(row)
+        settings = dict(row.get("cache_args", {}))
+        budget, more = settings.pop("budget", None), ", ".join(f"{key}={value}" for key, value in settings.items())
+        groups[row["length"], row.get("question", "inside"), row.get("cache", "everything"), more, budget].append(row)
     found = []
-    for (length, question, cache, budget), group in groups.items():
+    for (length, question, cache, more, budget), group in groups.items():
         accuracy: dict[str, list[float]] = defaultdict(list)
         for row in group:
             accuracy[row["task"]].append(row["correct"])
         means = {name: statistics.fmean(row[name] for row in group) for name in (*HELD, "kv_formula_bytes")}
-        found.append({"length": length, "question": question, "cache": cache, "budget": budget, "cases": len(group), **means,
+        found.append({"length": length, "question": question, "cache": f"{cache} ({more})" if more else cache, "settings": more, "budget": budget, "cases": len(group), **means,
                       "accuracy": {task: statistics.fmean(values) for task, values in accuracy.items()}})
     return found
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown lines, an empty one behind."""
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
@@ -80,12 +85,12 @@ def _cells(rows: list[Row], text) -> dict[tuple, str]:
 def accuracy_table(rows: list[Row]) -> list[str]:
     """Accuracy of each task, by cache and question x budget."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["accuracy"]))
-    cells = _cells(rows, lambda row: " / ".join(f"{row['accuracy'][task]:.2f}" for task in tasks))
+    cells = _cells(rows, lambda row: " / ".join(f"{row['accuracy'][task]:.2f}" if task in row["accuracy"] else "-" for task in tasks))
     budgets = list(dict.fromkeys(budget for _, _, budget in cells))
     lines = [(cache, question, *(cells.get((cache, question, n), "") for n in sorted(budgets)))
              for cache, question in sorted({key[:2] for key in cells}, key=lambda key: (key[1] != "inside", key[0] != "everything", key[0]))]
     return [f"Accuracy ({' / '.join(tasks)}), budget in tokens per KV head:", "",
-            *_table(["cache", "question", *map(str, sorted(budgets))], lines)]
+            *table(["cache", "question", *map(str, sorted(budgets))], lines)]
 
 
 def bytes_table(rows: list[Row]) -> list[str]:
@@ -93,14 +98,17 @@ def bytes_table(rows: list[Row]) -> list[str]:
     def mib(group: list[Row], name: str) -> float:
         return statistics.median(row[name] for row in group) / 2**20
 
-    groups = {n: [row for row in rows if row["budget"] == n] for n in sorted({row["budget"] or 0 for row in rows} - {0})}
-    whole = [row for row in rows if row["budget"] is None]
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["settings"], row["budget"]].append(row)
+    whole = groups.pop(("", None), [])
+    named = [(f"{n}, {more}" if more else str(n), groups[more, n]) for more, n in sorted(groups)]
     lines = []
-    for name, group in [*((str(n), group) for n, group in groups.items()), *([("everything", whole)] if whole else [])]:
+    for name, group in [*named, *([("everything", whole)] if whole else [])]:
         less = [f"{mib(whole, key) / mib(group, key):.1f}x" if whole else "" for key in HELD[1:]]
         lines.append((name, f"{statistics.median(row['kept_tokens'] for row in group):.0f}", f"{mib(group, 'kv_bytes'):.2f}", less[0],
                       f"{mib(group, 'kv_peak_bytes'):.2f}", f"{mib(group, 'kv_formula_bytes'):.2f}", less[1]))
-    return _table(["budget", "tokens kept", "KV MiB", "smaller by", "peak KV MiB", "budget + chunk, MiB", "smaller by"], lines)
+    return table(["budget", "tokens kept", "KV MiB", "smaller by", "peak KV MiB", "by formula", "smaller by"], lines)
 
 
 def markdown(rows: Iterable[Row]) -> str:
@@ -119,7 +127,7 @@ def compact(rows: Iterable[Row]) -> str:
     cells = _cells([row for row in summed if row["length"] == longest], lambda row: f"{statistics.fmean(row['accuracy'].values()):.2f}")
     columns = sorted({key[1:] for key in cells}, key=lambda column: (column[0] != "inside", column[1]))
     caches = sorted({key[0] for key in cells}, key=lambda cache: (cache != "everything", cache))
-    return "\n".join(_table([f"{longest} tokens", *(f"{question}, {budget}" for question, budget in columns)],
+    return "\n".join(table([f"{longest} tokens", *(f"{question}, {budget}" for question, budget in columns)],
                             ((cache, *(cells.get((cache, *column), "") for column in columns)) for cache in caches)))
 
 
