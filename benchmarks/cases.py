@@ -39,6 +39,23 @@ class Shape:
         return tuple(torch.randn(size, generator=g).to(DTYPES[self.dtype]) for size in sizes)
 
     @property
+    def store(self) -> Tensor:
+        """The keys as rows of a flat store, ``[Hkv N, D]``."""
+        return self.tensors[1][0].flatten(0, 1)
+
+    @property
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """Where the run of each head starts in the store, and how long it is: int64 ``[1, Hkv]`` each."""
+        starts = torch.arange(self.kv_heads)[None] * self.n
+        return starts, torch.full_like(starts, self.n)
+
+    def mass_truth(self, rows: int) -> Tensor:
+        """float64 ``[N]``: probability that each key received from the last rows, mean over the heads; for one KV head."""
+        q, k, _ = (t.double() for t in self.tensors)
+        future = torch.ones(self.n, self.n).triu(1).bool()
+        return (q @ k.mT * self.scale).masked_fill(future, float("-inf")).softmax(-1)[0, :, -rows:].sum(1).mean(0)
+
+    @property
     def blocks(self) -> int:
         return -(-self.n // self.block)
 

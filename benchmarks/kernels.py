@@ -33,7 +33,7 @@ from sparse_attn.types import BlockIndex, LayerContext, ResidentKV
 from . import measure
 from .cases import DTYPES, Sample, Shape, random_lists, rms_error, top_k_for, visible_pairs
 
-BASELINES = ("sdpa", "flex", "mm")
+BASELINES = ("sdpa", "flex", "mm", "dense")
 STRIDES = (8, 16)
 PROXY_STRIDE = 4
 PROBES = 64
@@ -42,6 +42,7 @@ MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 
 _GATE = 2.0  # times torch's own error
 _GATE_SCORE = 1e-2  # relative rms; a share only ranks
 _GATE_POOLED = 1e-5  # relative rms of float32 arithmetic
+_GATE_MASS = 1e-3  # largest relative error of a sum of probabilities
 _EXACT_SCORE_ROWS = 2048  # tokens; the float64 score of a longer call takes minutes
 
 
@@ -127,9 +128,18 @@ def flex(shape: Shape, index: BlockIndex) -> Callable:
     return lambda: run(q, k, v, block_mask=mask, scale=shape.scale, enable_gqa=True)
 
 
-def baselines(shape: Shape, args: argparse.Namespace, index: BlockIndex | None = None, rate: bool = True) -> dict[str, Baseline]:
-    """Those asked for that apply: flex needs lists, mm an operation count."""
+def dense(shape: Shape) -> Callable:
+    """Our own attention over every block."""
+    (q, k, v), index = shape.tensors, random_lists(shape, 1.0)
+    return functools.partial(ops.block_sparse_attention, q, k, v, index.counts, index.indices, *index.block, shape.scale)
+
+
+def baselines(shape: Shape, args: argparse.Namespace, index: BlockIndex | None = None, rate: bool = True,
+              attention: bool = False) -> dict[str, Baseline]:
+    """Those asked for that apply: flex needs lists, mm an operation count, our own dense attention who repeats a part of it."""
     apply = {"sdpa": Baseline("sdpa", functools.partial(sdpa, shape))}
+    if attention:
+        apply["dense"] = Baseline("dense", functools.partial(dense, shape))
     if index is not None:
         apply["flex"] = Baseline(f"flex density={index.density():.4f}", functools.partial(flex, shape, index))
     if rate:
@@ -193,6 +203,18 @@ def probe_error(shape: Shape, op: str, rest: tuple) -> float:
     return error
 
 
+def mass_error(shape: Shape, op: str, rest: tuple) -> float:
+    """Largest relative error of one group's mass against the sum of float64 probabilities; the lse is that of our attention."""
+    few = Shape(min(shape.n, _EXACT_SCORE_ROWS), shape.heads // shape.kv_heads, 1, shape.head_dim, shape.block, shape.dtype)
+    of_attention = (dense(few)()[1],) if op == "key_mass" else ()
+    exact = few.mass_truth(few.n if of_attention else PROBES)
+    error = float((OPS[op](few.tensors[0], few.store, *of_attention, *few.runs, *rest) / exact - 1).abs().max())
+    if not error <= _GATE_MASS:
+        raise GateError(f"{op} at {few.n} tokens is off by {error:.2e} (largest, relative), more than {_GATE_MASS:.0e}; "
+                        "fix the kernel before timing it")
+    return error
+
+
 # -- what to time -------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +258,19 @@ def _window_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         # two passes, each a dot product per visible pair
         flop = 4.0 * shape.heads * shape.head_dim * float((rows + 1).sum())
         yield Entry("window_score", functools.partial(ops.window_score, *call_args), fields, flop, baselines(shape, args))
+
+
+def _mass_calls(shape: Shape, args: argparse.Namespace, op: str) -> Iterator[Entry]:
+    q = shape.tensors[0]
+    rest = (shape.scale,) if op == "key_mass" else (shape.scale, PROBES)
+    fields = {"of": "every query" if op == "key_mass" else f"last {PROBES}", "max_error": mass_error(shape, op, rest)}
+    # an lse is an lse: any finite one costs the same
+    call_args = (q, shape.store, *([torch.full(q.shape[:3], 10.0)] if op == "key_mass" else []), *shape.runs, *rest)
+    fields["backend"] = OPS[op].chosen(*call_args)
+    # a dot product per visible pair; the window makes two passes
+    pairs = shape.n * (shape.n + 1) / 2 if op == "key_mass" else 2 * float(probe_rows(shape, "last").add(1).sum())
+    flop = 2.0 * shape.heads * shape.head_dim * pairs
+    yield Entry(op, functools.partial(OPS[op], *call_args), fields, flop, baselines(shape, args, attention=True))
 
 
 def _strided_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
@@ -324,7 +359,9 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
+        "key_mass": (q, k[0, 0], torch.zeros(q.shape[:3]), *run, one.scale),
         "strided_score": (q, k, *edges, PROXY_STRIDE, one.scale),
+        "window_mass": (q, k[0, 0], *run, one.scale, 1),
         "window_score": (q, k, torch.zeros(1, 1, dtype=torch.int32), one.scale),
         "select_global": (torch.ones(1, 1, 1, 1), torch.ones(1, dtype=torch.float64), "head", *edges, 1, 1),
         "block_sparse_attention": (q, k, v, index.counts, index.indices, *edges, one.scale),
@@ -354,6 +391,8 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "block_sparse_attention": _attention_calls,
     "antidiagonal_score": _score_calls,
     "window_score": _window_calls,
+    "key_mass": functools.partial(_mass_calls, op="key_mass"),
+    "window_mass": functools.partial(_mass_calls, op="window_mass"),
     "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
     "select_blocks": _select_calls,

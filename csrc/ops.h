@@ -29,6 +29,13 @@ struct Padding {
   const int32_t* last;
 };
 
+// Tokens of sequence b and key head h in a flat store: rows starts <= row < starts + lengths.
+struct Runs {
+  const int64_t *starts, *lengths;  // [B, kv_heads], contiguous
+  int64_t kv_heads;
+  Padding queries;  // real rows of q
+};
+
 // Runs worker(state) once on every thread that torch would use; library.cpp implements it with at::parallel_for.
 struct Parallel {
   void (*run)(void (*worker)(void*), void* state);
@@ -93,6 +100,20 @@ struct WindowScore {
 };
 void window_score(const WindowScore& args, const Parallel& parallel);
 
+// of the query heads of a group
+enum class Reduce { mean, sum, max };
+
+struct KeyMass {
+  View q, k;           // k: [1, 1, S, D]
+  Strided<float> lse;  // [B, H, Nq]
+  Runs runs;
+  double scale, softcap;
+  int64_t rows;
+  Reduce reduce;
+  float* out;  // [S], contiguous
+};
+void key_mass(const KeyMass& args, const Parallel& parallel);
+
 struct StridedScore {
   View q, k;
   int64_t block_q, block_k, stride;
@@ -131,6 +152,20 @@ struct PoolBlocks {
   float* out;  // [B, H, ceil(N / block), D], contiguous
 };
 void pool_blocks(const PoolBlocks& args, const Parallel& parallel);
+
+struct WindowMass {
+  View q, k;  // k: [1, 1, S, D]
+  Runs runs;
+  double scale;
+  int64_t window;
+  double softcap;
+  const float* sinks;  // [H], or null
+  int64_t kernel;
+  Pool pool;  // mean or max
+  Reduce reduce;
+  float* out;  // [S], contiguous
+};
+void window_mass(const WindowMass& args, const Parallel& parallel);
 
 struct PooledScore {
   View q_pooled, k_pooled;  // fp32

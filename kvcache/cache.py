@@ -141,7 +141,7 @@ class CacheLayer:
 
     def _look(self, queries: Queries | None) -> None:
         queries = self._joined(queries)
-        self.store.state = self.config.policy.observe(self._seen(queries))
+        self.store.state.copy_(self.config.policy.observe(self._seen(queries)))
         if self._window and queries is not None:
             rows = slice(max(0, queries.q.shape[2] - self._window), None)
             first = None if queries.first is None else (queries.first - rows.start).clamp(min=0)

@@ -44,7 +44,7 @@ class CacheConfig:
     roll: bool = False
 
     def __post_init__(self):
-        for name, usual in zip(("sinks", "recent"), self.policy.protect):
+        for name, usual in zip(("sinks", "recent"), getattr(self.budget, "protect", self.policy.protect)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
         for name in ("sinks", "recent", "grace"):
@@ -113,6 +113,8 @@ decay, kernel, pool, reduce, window
     if isinstance(policy, str):
         policy = _build(made_by, name, {key: settings.pop(key) for key in list(settings) if key in takes_policy})
     if sized:
+        if kind == "pyramid":
+            of_budget.setdefault("base", policy.window)  # the paper counts the window on top of what it shares out
         budget = _sized(kind, budget, of_budget)
     elif isinstance(budget, dict):
         budget = _made(budget, BUDGETS, "budget")

@@ -156,7 +156,7 @@ class KVCache(Cache):
             "this model caches latents that have none; use streaming, knorm, keydiff or random" if latent else
             f"attention {self._model_config._attn_implementation!r} does not show them; call sparse_attn.patch(model, prefill='dense'), or "
             "load the model with attn_implementation='dense'"))
-        require(not core.config.budget.ragged, f"{type(core.config.budget).__name__} keeps different numbers per head, which "
+        require(core.config.budget.alike, f"{type(core.config.budget).__name__} keeps different numbers per layer or head, which "
                 f"attention {self._model_config._attn_implementation!r} cannot read; call sparse_attn.patch(model, prefill='dense')")
         require(k.shape[0] == 1 or self._mask is not None,
                 f"a batch of {k.shape[0]} may be padded, and neither " + ("a cache of latents" if latent else f"attention "

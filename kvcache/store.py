@@ -145,6 +145,7 @@ class Store:
         low = torch.zeros(batch, dtype=torch.int64) if first is None else first.cpu().long().clamp(0, n)
         high = torch.full((batch,), n) if last is None else last.cpu().long().clamp(0, n)
         high = torch.maximum(low, high)
+        self.starts = self.starts.clone()
         for b in range(batch) if bool(low.any()) else ():
             skip, real = int(low[b]), int(high[b] - low[b])
             for h in range(heads):
@@ -185,7 +186,7 @@ class Store:
                 ops.move_rows(t, sources, targets)
             self.starts, self.lengths = self._bases.clone(), counts.clone()
             return
-        rows = {name: t[sources] for name, t in self._tensors().items()}
+        rows = {name: _taken(t, sources) for name, t in self._tensors().items()}
         self._meter.add(-self.n_bytes)
         ends = counts.flatten().cumsum(0).view_as(counts)
         self._set(rows, ends - counts, counts.clone(), counts)
@@ -213,7 +214,7 @@ class Store:
         sequences = sequences.cpu()
         lengths = self.lengths[sequences]
         taken = torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts[sequences].flatten().tolist(), lengths.flatten().tolist())])
-        rows = {name: t[taken.to(t.device)] for name, t in self._tensors().items()}
+        rows = {name: _taken(t, taken.to(t.device)) for name, t in self._tensors().items()}
         self._meter.add(-self.n_bytes)
         ends = lengths.flatten().cumsum(0).view_as(lengths)
         self._set(rows, ends - lengths, lengths, lengths)
@@ -228,14 +229,14 @@ class Store:
         """The same tokens in memory of their own, counted by ``meter``."""
         twin = Store(meter)
         if self.k is not None:
-            twin._set({name: t.clone() for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
+            twin._set({name: _empty(t, len(t)).copy_(t) for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
                       self._bases)
         return twin
 
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
         if self.k_true is None:
-            self.k_true = self.k.clone()
+            self.k_true = _empty(self.k, len(self.k)).copy_(self.k)
             self._meter.add(self.k_true.numel() * self.k_true.element_size())
 
     # -- memory ---------------------------------------------------------------------------------------------------------------
@@ -258,9 +259,9 @@ class Store:
     def _allocate(self, k: Tensor, v: Tensor, room: Tensor) -> None:
         n = int(room.sum())
         bases = room.flatten().cumsum(0).view_as(room) - room
-        self._set(dict(k=k.new_empty(n, k.shape[1]), v=v.new_empty(n, v.shape[1]),
-                       positions=torch.zeros(n, dtype=torch.int32, device=k.device), state=torch.zeros(n, device=k.device)),
-                  bases.clone(), self.lengths, room, bases)
+        counters = (torch.empty(0, dtype=dtype, device=k.device) for dtype in (torch.int32, torch.float32))
+        rows = {name: _empty(like, n) for name, like in zip(("k", "v", "positions", "state"), (k, v, *counters))}
+        self._set(rows, bases.clone(), self.lengths, room, bases)
 
     def _make_room(self, n: int, headroom: int) -> None:
         """See that every run can grow by ``n`` rows."""
@@ -294,7 +295,7 @@ class Store:
         bases = room.flatten().cumsum(0).view_as(room) - room
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
         for name, old in self._tensors().items():
-            new = old.new_empty(int(room.sum()), *old.shape[1:])
+            new = _empty(old, int(room.sum()))
             self._meter.add(new.numel() * new.element_size())
             for source, target, n in runs:
                 new[target : target + n] = old[source : source + n]
@@ -322,6 +323,16 @@ class Store:
             return t.as_strided((batch, count, n, width), (step * count * width, step * width, width, 1), at * width + t.storage_offset())
 
         return Part(rows, heads, view(self.k), view(self.v))
+
+
+def _empty(like: Tensor, n: int) -> Tensor:
+    """``n`` rows like those of a tensor, that may be written whether or not gradients or inference mode are on at the time."""
+    with torch.inference_mode(False):
+        return torch.empty(n, *like.shape[1:], dtype=like.dtype, device=like.device)
+
+
+def _taken(t: Tensor, rows: Tensor) -> Tensor:
+    return torch.index_select(t, 0, rows, out=_empty(t, len(rows)))
 
 
 def _growth(lengths: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ class Seen:
         """``values[b]`` (``[B]``) at each row of sequence b; anything at rows of nobody."""
         return values.to(self.state.device)[self.owner // self.starts.shape[1]]
 
+    @cached_property
+    def new_rows(self) -> Tensor:
+        """int64 ``[Hkv * n_new.sum()]``: the rows of the chunk's own tokens, run by run."""
+        device = self.state.device
+        count = torch.minimum(self.n_new.to(device)[:, None], self.lengths.to(device))[..., None]
+        offset = torch.arange(int(count.max()) if count.numel() else 0, device=device)
+        rows = (self.starts + self.lengths).to(device)[..., None] - count + offset
+        return rows[offset < count]
+
 
 class CachePolicy(Protocol):
     """Ranks the tokens of one layer. Never moves bytes; frozen, so that one serves all layers and requests.
@@ -102,7 +111,13 @@ class CachePolicy(Protocol):
 
 @runtime_checkable
 class Budget(Protocol):
-    """How many tokens stay; frozen. A rank of +inf marks protected tokens, which count like any other."""
+    """How many tokens stay; frozen. A rank of +inf marks protected tokens, which count like any other.
+
+    Attributes:
+        alike: whether every layer and head keeps the same number, which any attention implementation can read.
+    """
+
+    alike: ClassVar[bool]
 
     def layer_tokens(self, layer: int, n_layers: int, n_seen: Tensor) -> Tensor:
         """int64 ``[B]``: tokens per KV head of a layer, on average over its heads, once ``n_seen`` (int64 ``[B]``) have come."""
@@ -117,4 +132,8 @@ class Budget(Protocol):
 
     def require_room(self, tokens: int) -> None:
         """Raise ContractError if some layer's budget is known to be below ``tokens``, those that a cache protects."""
+        ...
+
+    def require_model(self, n_layers: int, kv_heads: int | None) -> None:
+        """Raise ContractError if the budget is for a model of other numbers of layers or (where known) KV heads."""
         ...

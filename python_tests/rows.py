@@ -88,12 +88,15 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
     first, last = torch.tensor([0, 25], dtype=torch.int32), torch.tensor([90, 88], dtype=torch.int32)
     lists = torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6).contiguous()
     counts = torch.full((2, 2, 5), 6, dtype=torch.int32)
+    store, stored = k.flatten(0, 2)[:330], (torch.tensor([[3, 95], [187, 250]]), torch.tensor([[90, 88], [60, 71]]))
+    real = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([70, 60], dtype=torch.int32)
     score, geometry = torch.rand(2, 4, 5, 6), (16, 16, 70, 90, 20, True, 0, first, last)
     runs = torch.tensor([[0, 30], [12, 19]]), torch.tensor([[11, 10], [0, 7]])
     return {
         "antidiagonal_score": (q, k, 16, 16, 4, 0.125, 20, True, 0, True, first, last),
         "js_distance": (torch.rand(2, 4, 9).softmax(-1), torch.rand(2, 4, 9).softmax(-1)),
         "keep_top": (torch.rand(40), *runs, torch.tensor([[3, 0], [9, 7]], dtype=torch.int32), 7),
+        "key_mass": (q, store, torch.full((2, 4, 70), 5.0), *stored, 0.125, 5.0, 40, "max", *real),
         "merge_attention": (torch.stack([q, -q]), torch.randn(2, 2, 4, 70)),
         "move_rows": (torch.rand(40, 3).to(dtype), torch.tensor([3, 4, 9, 30]), torch.tensor([1, 3, 4, 5])),
         "paged_attention": (q[:, :, :5], k[0, 0], v[1, 1], torch.tensor([[[0, 60], [9, 0]]] * 2),
@@ -104,6 +107,7 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
         "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),
         "select_global": (score, share(0.7, 4), "head", *geometry, score > 0.9, False),
         "strided_score": (q, k, 16, 32, 4, 0.125, 20, True, 33, True, first, last),
+        "window_mass": (q, store, *stored, 0.125, 16, 5.0, torch.randn(4), 5, "max", "sum", *real),
         "window_score": (q, k, torch.tensor([[3, 5, 6, 69], [-1, 0, 9, 60]], dtype=torch.int32), 0.125, 20, True, 33, 5.0, first, last),
         "block_sparse_attention": (q, k, v, counts, lists, 16, 16, 0.125, 20, True, 33, 5.0, first, last, torch.randn(4)),
     }[op]

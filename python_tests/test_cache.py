@@ -26,11 +26,11 @@ SETTINGS = {
     "snapkv": dict(window=8, kernel=3),
     "pyramidkv": dict(window=8, kernel=3, beta=4),
     "adakv": dict(window=8, kernel=3),
-    "chunkkv": dict(inner=dict(name="snapkv", window=8, kernel=3), chunk=4, recent=8),
+    "chunkkv": dict(inner="tova", chunk=4),
     "heavy_hitter": dict(recent=8),
-    "duo": dict(full=((1,), (0, 1)), sink=4, recent=12),
+    "duo": dict(full=((False, True), (True, True)), sink=4, recent=12),
 }
-SCORE_FREE = [name for name in METHODS if not kvcache.POLICIES[METHODS[name][0]].needs and METHODS[name][1] == "uniform"]
+SCORE_FREE = ["streaming", "knorm", "keydiff", "random"]
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +331,19 @@ def test_a_second_turn_reads_what_the_first_one_left():
         assert cache.report().layers[0].seen == found.shape[1] - 1
 
 
+def test_a_cache_filled_in_inference_mode_serves_outside_it():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    with sparse_attn.patch(model, prefill="dense"):
+        for name in ("heavy_hitter", "adakv"):
+            expected = generate(model, cache_of(model, name, 40), ids, mask)[1]
+            with torch.inference_mode():
+                cache = cache_of(model, name, 40)
+                kvcache.prefill(model, ids[:, :-1], cache, 1000, mask[:, :-1])
+            cache = cache.fork()
+            found = generate(model, cache, ids, mask)[1]
+            assert found.shape == expected.shape and cache.get_seq_length() == PROMPT + NEW - 1
+
+
 def test_taking_back_tokens_and_forking():
     model, (ids, _) = tiny("Llama"), prompt(1)
     with sparse_attn.patch(model, prefill="dense"):
@@ -404,7 +417,7 @@ def test_rolled_keys_stand_side_by_side():
     (dict(policy="snapkv", budget=256, window=8, recent=4), "less than the policy's window"),
     (dict(policy="snapkv", budget=256, evict="never"), "evict='never' is not known"),
     (dict(policy="snapkv", budget=256, prompt_length=90), "only with evict='prompt'"),
-    (dict(policy="snapkv", budget={"name": "table", "tokens": (64, 64, 64)}, window=8), "3"),
+    (dict(policy="snapkv", budget={"name": "table", "layers": (64, 64, 64)}, window=8), "3 layers but the model has 2"),
 ])
 def test_bad_settings_are_told_in_a_sentence(arguments, sentence):
     with pytest.raises(ContractError, match=sentence):

@@ -38,6 +38,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
+        "key_mass": lambda: (q, k[0].flatten(0, 1), q[..., 0].float(), *runs, scale),
         "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
         "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
         "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
@@ -47,6 +48,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "select_blocks": lambda: (score, share, None, *geometry),
         "select_global": lambda: (score, share, "head", *geometry),
         "strided_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
+        "window_mass": lambda: (q, k[0].flatten(0, 1), *runs, scale, 64),
         "window_score": lambda: (q, k, torch.arange(64, dtype=torch.int32, device=device)[None], scale),
         "block_sparse_attention": lambda: (q, k, k, counts, lists, _BLOCK, _BLOCK, scale),
     }[op]()  # fmt: skip

@@ -26,17 +26,17 @@ const Parallel kParallel{[](void (*worker)(void*), void* state) {
                               [&](int64_t, int64_t) { worker(state); });
 }};
 
-View view(const Tensor& t) {
-  View v{};
-  SA_CHECK(t.dim() == 4, "needs a 4-D tensor, got ", t.dim(), " dimensions");
-  v.data = t.data_ptr();
+// its last dimensions, the first ones of a tensor of fewer are 1
+View view(const Tensor& t, int dims = 4) {
+  View v{t.data_ptr(), {}, {1, 1, 1, 1}, {}};
+  SA_CHECK(t.dim() == dims, "needs a ", dims, "-D tensor, got ", t.dim(), " dimensions");
   switch (t.scalar_type()) {
     case ScalarType::BFloat16: v.dtype = DType::bf16; break;
     case ScalarType::Half: v.dtype = DType::fp16; break;
     case ScalarType::Float: v.dtype = DType::fp32; break;
     default: fail("needs bfloat16, float16 or float32, got another dtype");
   }
-  for (int i = 0; i < 4; ++i) v.size[i] = t.size(i), v.stride[i] = t.stride(i);
+  for (int i = 0; i < dims; ++i) v.size[4 - dims + i] = t.size(i), v.stride[4 - dims + i] = t.stride(i);
   return v;
 }
 
@@ -108,6 +108,35 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
                 {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
                 output<float>(diagonals, ScalarType::Float, "diagonals")},
                kParallel);
+}
+
+Reduce reduce_of(const std::string& name) {
+  return name == "max" ? Reduce::max : name == "sum" ? Reduce::sum : Reduce::mean;
+}
+
+[[maybe_unused]] void run_key_mass(Tensor out, Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, double scale,
+                                   double softcap, int64_t rows, std::string reduce, OptionalTensor q_first,
+                                   OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), length(lengths, ScalarType::Long);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {k.size(0)}, "mass");
+  key_mass({view(q), view(k, 2), strided<float>(lse),
+            {start.data<int64_t>(), length.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}}, scale,
+            softcap, rows, reduce_of(reduce), output<float>(out, ScalarType::Float, "mass")},
+           kParallel);
+}
+
+[[maybe_unused]] void run_window_mass(Tensor out, Tensor q, Tensor k, Tensor starts, Tensor lengths, double scale, int64_t window,
+                                      double softcap, OptionalTensor sinks, int64_t kernel, std::string pool, std::string reduce,
+                                      OptionalTensor q_first, OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), length(lengths, ScalarType::Long), sink_logits(sinks, ScalarType::Float);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {k.size(0)}, "mass");
+  window_mass({view(q), view(k, 2),
+               {start.data<int64_t>(), length.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}},
+               scale, window, softcap, sink_logits.data<float>(), kernel, pool == "max" ? Pool::max : Pool::mean,
+               reduce_of(reduce), output<float>(out, ScalarType::Float, "mass")},
+              kParallel);
 }
 
 [[maybe_unused]] void run_strided_score(Tensor out, Tensor q, Tensor k, int64_t block_q, int64_t block_k, int64_t stride,
@@ -243,6 +272,12 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("window_score(Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
         "bool causal, int window, float softcap, Tensor? first, Tensor? last) -> ()");
   m.impl("window_score", TORCH_BOX(&run_window_score));
+  m.def("key_mass(Tensor(a!) out, Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, float scale, float softcap, "
+        "int rows, str reduce, Tensor? q_first, Tensor? q_last) -> ()");
+  m.impl("key_mass", TORCH_BOX(&run_key_mass));
+  m.def("window_mass(Tensor(a!) out, Tensor q, Tensor k, Tensor starts, Tensor lengths, float scale, int window, float softcap, "
+        "Tensor? sinks, int kernel, str pool, str reduce, Tensor? q_first, Tensor? q_last) -> ()");
+  m.impl("window_mass", TORCH_BOX(&run_window_mass));
   m.def("strided_score(Tensor(a!) out, Tensor q, Tensor k, int block_q, int block_k, int stride, float scale, int q_start, "
         "bool causal, int window, bool rotate, Tensor? first, Tensor? last) -> ()");
   m.impl("strided_score", TORCH_BOX(&run_strided_score));

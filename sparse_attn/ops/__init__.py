@@ -4,6 +4,7 @@ from .antidiagonal_score import antidiagonal_score
 from .block_sparse_attention import block_sparse_attention
 from .js_distance import js_distance
 from .keep_top import keep_top
+from .key_mass import key_mass
 from .merge_attention import merge_attention
 from .move_rows import move_rows
 from .paged_attention import paged_attention
@@ -13,8 +14,9 @@ from .registry import OPS, use_backend
 from .select_blocks import select_blocks
 from .select_global import select_global
 from .strided_score import strided_score
+from .window_mass import window_mass
 from .window_score import window_score
 
-__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "merge_attention", "move_rows",
-           "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score", "use_backend",
-           "window_score"]
+__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "key_mass", "merge_attention",
+           "move_rows", "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score",
+           "use_backend", "window_mass", "window_score"]
