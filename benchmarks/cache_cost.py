@@ -4,7 +4,7 @@ memory  a long prompt read in chunks by a Llama of random weights, each cache in
         that of the same model reading chunks without a cache, and the cache's own count of bytes beside budget + chunk
 decode  one generated token on one layer, over a budget's worth of a long text, beside SDPA over all of it: attention alone, and the
         whole step (append, attend, score, evict)
-ragged  the same where heads keep from a quarter to four times as many tokens, beside equally many, at the same total
+ragged  the same where the fullest head keeps sixteen times as many tokens as the emptiest, beside equally many, at the same total
 
 One JSON line per measurement.
 """
@@ -40,7 +40,7 @@ from .cases import DTYPES
 from .needle import kv
 
 PARTS = ("memory", "decode", "ragged")
-SPREAD = 4.0  # the fullest head of a ragged cache keeps this many times the mean, before the total is made equal; the emptiest 1 / this
+SPREAD = 16.0  # of a ragged cache: what its fullest head keeps over what its emptiest keeps
 WINDOW = 64  # queries that a policy sees when the text has been read
 STEPS = ("snapkv", "streaming", "heavy_hitter")
 
@@ -171,13 +171,13 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def spread_counts(heads: int, mean: int) -> Tensor:
-    """int64 ``[1, heads]``: from a quarter to four times as many, scaled to a total of ``heads * mean``.
+    """int64 ``[1, heads]``: tokens that grow by one factor from head to head, ``heads * mean`` in all.
 
     Example:
         >>> spread_counts(4, 100)
-        tensor([[ 14,  36,  91, 259]])
+        tensor([[ 15,  38,  98, 249]])
     """
-    shares = SPREAD ** torch.linspace(-1, 1, heads, dtype=torch.float64)
+    shares = SPREAD ** torch.linspace(0, 1, heads, dtype=torch.float64)
     counts = (shares / shares.sum() * heads * mean).long().clamp(min=1)
     counts[-1] = heads * mean - counts[:-1].sum()
     return counts[None]
