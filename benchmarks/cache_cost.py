@@ -52,8 +52,8 @@ class CostError(ValueError):
 # -- memory ---------------------------------------------------------------------------------------------------------------
 
 
-def read_prompt(cache: str | None, tokens: int, chunk: int, budget: int, layers: int, heads: int, kv_heads: int, head_dim: int, dtype: str,
-                threads: int) -> dict:
+def read_prompt(cache: str | None, tokens: int, chunk: int, budget: int, layers: int, heads: int, kv_heads: int, head_dim: int,
+                dtype: str, threads: int) -> dict:
     """Read a random prompt in chunks and say what that took; with ``cache`` None nothing is cached, "everything" evicts nothing.
 
     Attention is ours, dense, in all three, so that what differs is the cache. Narrow layers around it keep the model small.
@@ -62,11 +62,14 @@ def read_prompt(cache: str | None, tokens: int, chunk: int, budget: int, layers:
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=heads, head_dim=head_dim,
-                         num_key_value_heads=kv_heads, vocab_size=256, max_position_embeddings=tokens)
+    config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=heads,
+                         num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=256, max_position_embeddings=tokens)
     model = LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
     ids = torch.randint(0, 256, (1, tokens))
-    made = {None: lambda: None, "everything": lambda: DynamicCache(config=config)}.get(cache, lambda: make_cache(model, cache, budget))()
+    if cache in (None, "everything"):
+        made = DynamicCache(config=config) if cache else None
+    else:
+        made = make_cache(model, cache, budget)
     with torch.inference_mode(), sparse_attn.patch(model, prefill="dense", dense_below=0):
         # what only a first call takes
         model(input_ids=ids[:, :chunk], use_cache=False, logits_to_keep=1)
@@ -85,15 +88,16 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
     """The model alone, with a cache that keeps everything, and with ``--cache``; a process each."""
     asked = {"tokens": args.tokens, "chunk": args.chunk, "budget": args.budget, "layers": args.layers, "heads": args.kv_heads,
              "kv_heads": args.kv_heads, "head_dim": args.head_dim, "dtype": args.dtype, "threads": args.threads}
-    code = "import json, sys; from benchmarks.cache_cost import read_prompt; print(json.dumps(read_prompt(**json.loads(sys.argv[1]))))"
+    code = "import json, sys; from benchmarks.cache_cost import *; print(json.dumps(read_prompt(**json.loads(sys.argv[1]))))"
     alone = whole = None
     for cache in (None, "everything", args.cache):
-        done = subprocess.run([sys.executable, "-c", code, json.dumps(asked | {"cache": cache})], capture_output=True, text=True)
+        command = [sys.executable, "-c", code, json.dumps(asked | {"cache": cache})]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise CostError(f"reading with cache {cache or 'none'} failed: {done.stderr.strip().splitlines()[-1]}")
         row = json.loads(done.stdout.splitlines()[-1])
         if row["peak_mib"] is None:
-            raise CostError("this kernel does not let a process forget older peaks of its memory (/proc/self/clear_refs); use another")
+            raise CostError("this kernel does not let a process forget older peaks of its memory (/proc/self/clear_refs)")
         alone = row["peak_mib"] if cache is None else alone
         above = row["peak_mib"] - alone
         whole = above if cache == "everything" else whole
@@ -147,7 +151,8 @@ class Layer:
         return found.out
 
 
-def _rows(benchmark: str, args: argparse.Namespace, ours: dict[str, Callable], baselines: dict[str, Callable], more: dict) -> Iterator[dict]:
+def _rows(benchmark: str, args: argparse.Namespace, ours: dict[str, Callable], baselines: dict[str, Callable],
+          more: dict) -> Iterator[dict]:
     for call in (*ours.values(), *baselines.values()):
         call()
     us = measure.interleave({**ours, **baselines}, args.reps)
@@ -161,7 +166,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
     """A token over ``--budget`` of ``--context`` tokens, beside SDPA over all of them."""
     layers = {name: Layer(args, name, args.context) for name in STEPS}
     some = layers[STEPS[0]]
-    folded = some.q.unflatten(1, (args.kv_heads, -1)).squeeze(3)  # the group's queries as rows of one head: faster on CPU, same result
+    folded = some.q.unflatten(1, (args.kv_heads, -1)).squeeze(3)  # [1, Hkv, G, D]: one head's rows, faster on CPU, same result
     baselines = {
         "sdpa": lambda: scaled_dot_product_attention(some.q, some.k, some.v, scale=some.ctx.scale, enable_gqa=True),
         "sdpa, group folded": lambda: scaled_dot_product_attention(folded, some.k, some.v, scale=some.ctx.scale),
@@ -190,7 +195,8 @@ def ragged(args: argparse.Namespace) -> Iterator[dict]:
     for name in ("attend", "step"):
         calls = [getattr(layer, name) for layer in layers]
         what = "attention" if name == "attend" else "step"
-        yield from _rows("ragged", args, {what: calls[1]}, {"uniform": calls[0]}, {"budget": args.budget, "lengths": uneven[0].tolist()})
+        more = {"budget": args.budget, "lengths": uneven[0].tolist()}
+        yield from _rows("ragged", args, {what: calls[1]}, {"uniform": calls[0]}, more)
 
 
 # -- command line -------------------------------------------------------------------------------------------------------------
@@ -202,12 +208,12 @@ def table(rows: Sequence[dict]) -> list[Table]:
     held = [row for row in rows if row["benchmark"] == "memory"]
     if held:
         first = held[0]
-        tables.append(Table(title=f"{first['tokens']} tokens in chunks of {first['chunk']}, {first['layers']} layers of {first['kv_heads']} KV "
-                                  f"heads of {first['head_dim']}, {first['dtype']}; budget {first['budget']}"))
+        model = f"{first['layers']} layers of {first['kv_heads']} KV heads of {first['head_dim']}, {first['dtype']}"
+        tables.append(Table(title=f"{first['tokens']} tokens in chunks of {first['chunk']}, {model}; budget {first['budget']}"))
         for name in ("cache", "peak MiB", "above model", "smaller by", "KV MiB at most", "of budget + chunk", "s"):
             tables[-1].add_column(name, justify="left" if name == "cache" else "right")
         for row in held:
-            cells = [f"{row[name]:.1f}{unit}" if name in row else "" for name, unit in (("above_model_mib", ""), ("smaller_by", "x"))]
+            cells = [f"{row['above_model_mib']:.1f}", f"{row['smaller_by']:.1f}x"] if "smaller_by" in row else ["", ""]
             cells += [f"{row['kv_peak_bytes'] / 2**20:.1f}", f"{row['of_formula']:.3f}"] if "of_formula" in row else ["", ""]
             tables[-1].add_row(row["what"], f"{row['peak_mib']:.1f}", *cells, f"{row['seconds']:.1f}")
     timed = [row for row in rows if row["benchmark"] != "memory"]
@@ -217,7 +223,8 @@ def table(rows: Sequence[dict]) -> list[Table]:
             tables[-1].add_column(name, justify="left" if name in ("part", "what", "baseline") else "right")
         for row in timed:
             for name, other in row["baselines"].items():
-                tables[-1].add_row(row["benchmark"], row["what"], f"{row['us'][1]:,.0f}", name, f"{other['us'][1]:,.0f}", f"{other['ratio']:.2f}")
+                tables[-1].add_row(row["benchmark"], row["what"], f"{row['us'][1]:,.0f}", name, f"{other['us'][1]:,.0f}",
+                                   f"{other['ratio']:.2f}")
     return tables
 
 
@@ -247,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--cache", default="snapkv", metavar="NAME", help="memory: what evicts (default: %(default)s)")
     add("--context", type=int, default=32768, help="decode: tokens of the text (default: %(default)s)")
     add("--budget", type=int, help="tokens per KV head (default: 4096 for memory, 2048 for the others)")
-    add("--heads", type=int, default=32, help="query heads of decode and ragged; memory has as many as KV heads (default: %(default)s)")
+    add("--heads", type=int, default=32, help="query heads of decode and ragged; memory: one per KV head (default: %(default)s)")
     add("--kv-heads", type=int, default=8)
     add("--head-dim", type=int, default=128)
     add("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")

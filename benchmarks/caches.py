@@ -36,7 +36,7 @@ def methods(names: Sequence[str], budgets: Sequence[int], questions: Sequence[st
         raise NeedleError(f"--caches names {unknown[0]!r}; there are {', '.join(sorted(METHODS))}")
     without = [name for name in names if name in WITHOUT]
     if without:
-        raise NeedleError(f"--caches names {without[0]!r}, which takes {WITHOUT[without[0]]}; run it with benchmarks.needle --cache")
+        raise NeedleError(f"--caches names {without[0]!r}, which takes {WITHOUT[without[0]]}; use benchmarks.needle --cache")
     unknown = [question for question in questions if question not in QUESTIONS]
     if unknown:
         raise NeedleError(f"--questions names {unknown[0]!r}; use {','.join(QUESTIONS)} or one of them")
@@ -63,8 +63,9 @@ def summary(rows: Iterable[Row]) -> list[Row]:
         for row in group:
             accuracy[row["task"]].append(row["correct"])
         means = {name: statistics.fmean(row[name] for row in group) for name in (*HELD, "kv_formula_bytes")}
-        found.append({"length": length, "question": question, "cache": f"{cache} ({more})" if more else cache, "settings": more, "budget": budget, "cases": len(group), **means,
-                      "accuracy": {task: statistics.fmean(values) for task, values in accuracy.items()}})
+        name = f"{cache} ({more})" if more else cache
+        found.append({"length": length, "question": question, "cache": name, "settings": more, "budget": budget,
+                      "cases": len(group), **means, "accuracy": {task: statistics.fmean(values) for task, values in accuracy.items()}})
     return found
 
 
@@ -85,10 +86,14 @@ def _cells(rows: list[Row], text) -> dict[tuple, str]:
 def accuracy_table(rows: list[Row]) -> list[str]:
     """Accuracy of each task, by cache and question x budget."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["accuracy"]))
-    cells = _cells(rows, lambda row: " / ".join(f"{row['accuracy'][task]:.2f}" if task in row["accuracy"] else "-" for task in tasks))
+
+    def of(row: Row) -> str:
+        return " / ".join(f"{row['accuracy'][task]:.2f}" if task in row["accuracy"] else "-" for task in tasks)
+
+    cells = _cells(rows, of)
     budgets = list(dict.fromkeys(budget for _, _, budget in cells))
-    lines = [(cache, question, *(cells.get((cache, question, n), "") for n in sorted(budgets)))
-             for cache, question in sorted({key[:2] for key in cells}, key=lambda key: (key[1] != "inside", key[0] != "everything", key[0]))]
+    named = sorted({key[:2] for key in cells}, key=lambda key: (key[1] != "inside", key[0] != "everything", key[0]))
+    lines = [(cache, question, *(cells.get((cache, question, n), "") for n in sorted(budgets))) for cache, question in named]
     return [f"Accuracy ({' / '.join(tasks)}), budget in tokens per KV head:", "",
             *table(["cache", "question", *map(str, sorted(budgets))], lines)]
 
@@ -106,8 +111,9 @@ def bytes_table(rows: list[Row]) -> list[str]:
     lines = []
     for name, group in [*named, *([("everything", whole)] if whole else [])]:
         less = [f"{mib(whole, key) / mib(group, key):.1f}x" if whole else "" for key in HELD[1:]]
-        lines.append((name, f"{statistics.median(row['kept_tokens'] for row in group):.0f}", f"{mib(group, 'kv_bytes'):.2f}", less[0],
-                      f"{mib(group, 'kv_peak_bytes'):.2f}", f"{mib(group, 'kv_formula_bytes'):.2f}", less[1]))
+        kept = statistics.median(row["kept_tokens"] for row in group)
+        held, peak, formula = (f"{mib(group, key):.2f}" for key in (*HELD[1:], "kv_formula_bytes"))
+        lines.append((name, f"{kept:.0f}", held, less[0], peak, formula, less[1]))
     return table(["budget", "tokens kept", "KV MiB", "smaller by", "peak KV MiB", "by formula", "smaller by"], lines)
 
 
@@ -116,7 +122,8 @@ def markdown(rows: Iterable[Row]) -> str:
     summed, lines = summary(rows), []
     for length in sorted({row["length"] for row in summed}):
         here = [row for row in summed if row["length"] == length]
-        lines += [f"## {length} tokens, {max(row['cases'] for row in here)} prompts a cell", "", *accuracy_table(here), *bytes_table(here)]
+        lines += [f"## {length} tokens, {max(row['cases'] for row in here)} prompts a cell", ""]
+        lines += [*accuracy_table(here), *bytes_table(here)]
     return "\n".join(lines)
 
 
@@ -124,7 +131,8 @@ def compact(rows: Iterable[Row]) -> str:
     """One table of the longest prompts: accuracy over all tasks, questions side by side."""
     summed = summary(rows)
     longest = max(row["length"] for row in summed)
-    cells = _cells([row for row in summed if row["length"] == longest], lambda row: f"{statistics.fmean(row['accuracy'].values()):.2f}")
+    here = [row for row in summed if row["length"] == longest]
+    cells = _cells(here, lambda row: f"{statistics.fmean(row['accuracy'].values()):.2f}")
     columns = sorted({key[1:] for key in cells}, key=lambda column: (column[0] != "inside", column[1]))
     caches = sorted({key[0] for key in cells}, key=lambda cache: (cache != "everything", cache))
     return "\n".join(table([f"{longest} tokens", *(f"{question}, {budget}" for question, budget in columns)],

@@ -21,7 +21,8 @@ BY_DEPTH = ("single", "multikey")
 
 def parser(name: str, doc: str, lengths: str, depths: str, tasks: str, file: Path) -> argparse.ArgumentParser:
     """A command line with the options of every sweep, and these defaults."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
     add("--lengths", default=lengths, help="tokens (default: %(default)s)")
@@ -62,7 +63,8 @@ def cases(args: argparse.Namespace, spread: Callable[[int], list[float]]) -> lis
     return found
 
 
-def run(args: argparse.Namespace, methods: Sequence[runner.Method], batches: Sequence[Sequence[runner.Case]], chunk: int | None) -> list[Row]:
+def run(args: argparse.Namespace, methods: Sequence[runner.Method], batches: Sequence[Sequence[runner.Case]],
+        chunk: int | None) -> list[Row]:
     """Every case with every method; what ``--json`` holds already is taken from there."""
     args.json.parent.mkdir(parents=True, exist_ok=True)
     file = CaseFile(args.json, runner.KEY)

@@ -103,7 +103,7 @@ def _methods(args: argparse.Namespace) -> list[runner.Method]:
     if caches and reading > 1:
         raise NeedleError(f"--cache goes with one --prefill or --profile, got {reading}; give one of them")
     if args.question == "after" and args.batch_size > 1:
-        raise NeedleError(f"--question after came with --batch-size {args.batch_size}, but questions differ in length; leave one out")
+        raise NeedleError(f"--question after came with --batch-size {args.batch_size}, but questions differ in length; drop one")
     methods = [] if args.no_baseline else [runner.Method(question=args.question)]
     dual = {} if args.dual_chunk is None else _object(args.dual_chunk, "--dual-chunk", '{"chunk": 2048, "local": 256}')
     if args.dual_chunk is not None and not dual:

@@ -21,8 +21,8 @@ def figures(cache: Cache, batch: int, turns: list[int], chunk: int | None) -> di
 
     Returns:
         kept_tokens (per KV head, mean over the layers that evict, or all where none does), kv_bytes and kv_peak_bytes (all layers;
-        a cache of transformers only grows), kv_formula_bytes (what the most should be) and kv_formula: budget + chunk in every layer;
-        budget in every layer but the whole text in one, where that was read in one piece; or everything.
+        a cache of transformers only grows), kv_formula_bytes (what the most should be) and kv_formula: budget + chunk in every
+        layer; budget in every layer but the whole text in one, where that was read in one piece; or everything.
     """
     plain = [t for layer in cache.layers if not isinstance(layer, KVPolicyLayer) for t in _tensors(layer)]
     beside = sum(t.nbytes for t in plain)

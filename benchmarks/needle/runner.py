@@ -27,10 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Method:
-    """How the prompt is read and kept. Names are ``sparse_attn.PATTERNS``; ``dense`` without more is the model as it was loaded.
+    """How the prompt is read and kept: one of ``sparse_attn.PATTERNS``; ``dense`` without more is the model as it was loaded.
 
-    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file of
-    a calibrated profile, ``arguments`` only tell the profile's file name and content.
+    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file
+    of a calibrated profile, ``arguments`` only tell the profile's file name and content.
 
     ``cache`` is one of ``kvcache.METHODS``, empty for the cache that transformers makes, which keeps everything; ``cache_args`` are
     its budget and settings. The ``question`` stands "inside" the prompt that is compressed, or comes "after", as a new turn.
@@ -53,7 +53,8 @@ class Method:
             name = load_profile(path).method
         except ValueError as error:
             raise NeedleError(f"--profile: {error}") from error
-        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, dual_chunk or {}, path)
+        arguments = {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+        return cls(name, arguments, dual_chunk or {}, path)
 
     def row(self) -> Row:
         """What a case's line says about the method; what is not used is not mentioned, as in the lines of earlier versions."""
