@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparse_attn import ops
 from sparse_attn.errors import require
+from sparse_attn.profile import load as load_profile
 
 from .types import Budget
 
@@ -226,6 +228,19 @@ class DuoHeads:
             tokens = getattr(self, name)
             require(_whole(tokens) and tokens >= 0, f"{name}={tokens!r} must be a number of tokens, 0 or more")
         require(self.sink + self.recent >= 1, "sink and recent are both 0, so that nothing stays; give recent=1 or more")
+
+    @classmethod
+    def measured(cls, profile: str | Path, **near: int) -> DuoHeads:
+        """What a profile of ``python -m sparse_attn.calibrate --method duo`` says; ``near`` is sink or recent unlike there.
+
+        Raises:
+            ContractError: if the file is no profile, or one of another method.
+        """
+        found = load_profile(profile)
+        require(found.method == "duo",
+                f"profile {profile} is for {found.method}, which does not tell whole heads from others; calibrate with --method duo")
+        duo = found.selector()
+        return cls(duo.retrieves(), **{"sink": duo.sink_tokens, "recent": duo.recent_tokens} | near)
 
     def layer_tokens(self, layer: int, n_layers: int, n_seen: Tensor) -> Tensor:
         require(len(self.full) == n_layers, f"full has {len(self.full)} layers but the model has {n_layers}; give one row each")

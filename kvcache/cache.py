@@ -20,7 +20,7 @@ from .config import CacheConfig
 from .store import Meter, Part, Store
 from .types import Seen
 
-# moves keys rotated for some positions to others: (x [1, 1, N, D], at int64 [N], to int64 [N]) -> [1, 1, N, D]
+# moves keys rotated for some positions to others: (x [1, heads, N, D], at int64 [N], to int64 [N]) -> [1, heads, N, D]
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -31,7 +31,7 @@ class CacheLayer:
         config: what stays.
         layer, n_layers: which of the model's attention layers this is.
         meter: counts the bytes of all layers of the cache.
-        turn: how the layer's keys are rotated; needed for ``config.roll``.
+        turn: how the layer's keys are rotated; needed for ``config.roll`` and for policies that need "turn".
 
     Attributes:
         n_columns: tokens appended so far, padding included: the length that the model believes in.
@@ -171,7 +171,7 @@ class CacheLayer:
             n_seen=self.n_seen, n_new=self._n_new if self._n_new is not None else torch.zeros_like(self.n_seen),
             q=q.q if q else None, lse=q.lse if q else None, q_first=q.first if q else None, q_last=q.last if q else None,
             scale=q.scale if q else 0.0, softcap=q.softcap if q else 0.0, sinks=q.sinks if q else None, layer=self.layer,
-            n_layers=self.n_layers,
+            n_layers=self.n_layers, turn=self._turn if "turn" in self.config.policy.needs else None,
         )  # fmt: skip
 
     # -- eviction -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 from sparse_attn.errors import ContractError, require
@@ -81,6 +82,8 @@ def as_config(policy: CachePolicy | str | dict, budget: Budget | int | float | d
         budget: tokens per KV head; a share of the prompt below 1; a budget; or its JSON form. None where the method says it all.
         settings: fields of CacheConfig, of the policy and of the method's budget.
 
+    duo takes ``full``, the heads that keep everything, or ``profile``, the file that ``python -m sparse_attn.calibrate`` wrote.
+
     Example:
         >>> config = as_config("pyramidkv", 2048, window=32, beta=10)
         >>> config.policy.window, config.budget.beta, config.recent
@@ -105,7 +108,8 @@ decay, kernel, pool, reduce, window
         made_by, kind = POLICIES[METHODS[policy][0]], METHODS[policy][1]
         takes_policy = {f.name for f in fields(made_by)}
     sized = not isinstance(budget, Budget | dict)
-    takes_budget = ({f.name for f in fields(BUDGETS[kind])} - {"tokens", "ratio"} if sized else set()) - own
+    takes_budget = _takes(kind) - {"tokens", "ratio"} if sized else set()
+    own -= takes_budget
     unknown = [key for key in settings if key not in own | takes_policy | takes_budget]
     has = ", ".join([*sorted(own), *sorted(takes_policy | takes_budget)])
     require(not unknown, f"{name} has no argument {unknown[0] if unknown else ''!r}; it has {has}")
@@ -122,15 +126,24 @@ decay, kernel, pool, reduce, window
 
 
 def _sized(kind: str, size: int | float | None, arguments: dict) -> Budget:
-    takes = {f.name for f in fields(BUDGETS[kind])}
+    takes, made = _takes(kind), BUDGETS[kind]
     if size is None:
         require("tokens" not in takes, "how many tokens may stay? give budget= tokens per KV head, or a share of the prompt below 1")
-        return _build(BUDGETS[kind], kind, arguments)
+        if "profile" in arguments:
+            require("full" not in arguments, "a profile says itself which heads keep everything; leave full out")
+            made = made.measured
+        return _build(made, kind, arguments)
     number = isinstance(size, int | float) and not isinstance(size, bool)
     require(number, f"budget={size!r} must be tokens per KV head, a share of the prompt below 1, or a budget")
     require("tokens" in takes, f"the budget of this method is not a number of tokens; it takes {_listed(takes)}")
     share = isinstance(size, float) and size <= 1
-    return _build(BUDGETS[kind], kind, {"ratio" if share else "tokens": size, **arguments})
+    return _build(made, kind, {"ratio" if share else "tokens": size, **arguments})
+
+
+def _takes(kind: str) -> set[str]:
+    """Arguments that make a budget."""
+    made = BUDGETS[kind]
+    return {f.name for f in fields(made)} | ({"profile"} if hasattr(made, "measured") else set())
 
 
 def _made(value, table: dict[str, type], what: str):
@@ -142,9 +155,9 @@ def _made(value, table: dict[str, type], what: str):
     return _build(table[value["name"]], value["name"], arguments)
 
 
-def _build(cls: type, name: str, arguments: dict):
+def _build(make: Callable, name: str, arguments: dict):
     try:
-        return cls(**arguments)
+        return make(**arguments)
     except ContractError:
         raise
     except (TypeError, ValueError) as error:

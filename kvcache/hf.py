@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparse_attn.errors import ContractError, require, warn_once
-from sparse_attn.hf import model_rotations, runs_ours
+from sparse_attn.hf import model_id, model_rotations, runs_ours
 from sparse_attn.kept import leave
 from sparse_attn.layout import layout_of
 
@@ -133,9 +133,13 @@ class KVCache(Cache):
         self._model_config = whole.get_text_config(decoder=True)
         self._mask = None if attention_mask is None else layout_mask(attention_mask)
         turns = {}
-        if config.roll:
-            require(isinstance(model, PreTrainedModel), "roll=True needs the model, not its config: its rotary embedding turns the keys")
-            turns = {index: rotation.move for index, rotation in model_rotations(model, "roll=True").items()}
+        wanted_by = "roll=True" if config.roll else type(config.policy).__name__
+        if config.roll or "turn" in config.policy.needs:
+            require(isinstance(model, PreTrainedModel),
+                    f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
+            turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
+        if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
+            config.policy.require_model(model_id(model))
         layers = DynamicCache(config=self._model_config).layers
         own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")

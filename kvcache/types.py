@@ -11,6 +11,7 @@ nothing, ``positions`` does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
@@ -47,6 +48,8 @@ class Seen:
         q_first, q_last: int32 ``[B]`` real rows of q; None for all.
         scale, softcap, sinks: of the layer's attention; sinks ``[H]`` or None.
         layer, n_layers: which of the model's attention layers this is.
+        turn: moves q or k ``[1, heads, N, D]`` rotated for positions ``at`` to positions ``to`` (int64 ``[N]`` each, host); None
+            where the layer does not rotate, or the policy does not need it.
     """
 
     k: Tensor
@@ -66,6 +69,7 @@ class Seen:
     sinks: Tensor | None = None
     layer: int = 0
     n_layers: int = 0
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def owner(self) -> Tensor:
@@ -91,7 +95,7 @@ class CachePolicy(Protocol):
     """Ranks the tokens of one layer. Never moves bytes; frozen, so that one serves all layers and requests.
 
     Attributes:
-        needs: of {"q", "lse"}, what of attention it has to see; empty: it works under any attention implementation.
+        needs: of {"q", "lse", "turn"}, what of attention it has to see; empty: it works under any attention implementation.
         decoding: whether the budget is also enforced token by token while generating.
         protect: the (sinks, recent) tokens that a cache keeps by default whatever the policy says.
     """

@@ -120,7 +120,9 @@ def inside(case: dict) -> torch.Tensor:
 def as_good(got: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, case: dict) -> None:
     assert got.dtype == torch.float32
     # a sum of up to as many probabilities as there are queries
-    assert_as_good_as_torch(got, torchs, exact, 4e-6 * max(1.0, exact.max().item() if len(exact) else 0.0))
+    size = max(1.0, exact.max().item() if len(exact) else 0.0)
+    assert_as_good_as_torch(torchs, exact, exact, 1e-4 * size)  # the yardstick is straight
+    assert_as_good_as_torch(got, torchs, exact, 4e-6 * size)
     assert (got[~inside(case)] == 0).all() and (got[exact == 0] == 0).all(), "what nobody sees must be exactly 0"
 
 

@@ -282,10 +282,11 @@ def test_a_profile_is_run_and_recorded_by_its_content(tmp_path, shipped, capsys)
     assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_profile_beside_a_model_is_no_part_of_its_identity(tmp_path):
+def test_a_profile_or_heads_beside_a_model_are_no_part_of_its_identity(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     before = runner.weights_id(str(tmp_path))
-    (tmp_path / "profile_duo.json").write_text("{}")
+    for name in ("profile_duo.json", "locret.safetensors"):
+        (tmp_path / name).write_text("{}")
     assert runner.weights_id(str(tmp_path)) == before
     (tmp_path / "tokenizer.json").write_text("{}")
     assert runner.weights_id(str(tmp_path)) != before

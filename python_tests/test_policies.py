@@ -268,7 +268,8 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: repr(row.policy)
 
 
 def test_every_policy_has_a_row_and_an_oracle():
-    assert {row.name for row in ROWS} == set(POLICIES) == set(ORACLES)
+    # locret's heads fit one shape of layer: test_locret.py
+    assert {row.name for row in ROWS} == set(POLICIES) - {"locret"} == set(ORACLES)
 
 
 def assert_ranks_equal_the_oracle(world: World, row: Row) -> None:

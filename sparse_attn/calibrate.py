@@ -109,21 +109,46 @@ def read_texts(paths: Sequence[str], tokenizer, length: int) -> list[Tensor]:
     return texts
 
 
-class _Parser(argparse.ArgumentParser):
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options ``--device`` and ``--dtype`` that ``load_for`` reads."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES),
+                        help="of the model; attention is measured in float32 (default: bfloat16, float32 on a CPU)")
+
+
+def load_for(args: argparse.Namespace):
+    """Model and tokenizer of ``--model``; raises ContractError where the device or the model cannot be used."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ContractError(f"device {args.device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    from .hf import load
+
+    return load(args.model, args.device, DTYPES[args.dtype or ("float32" if args.device == "cpu" else "bfloat16")])
+
+
+def require_writable(out: Path) -> None:
+    """Raise ContractError unless a file can be written there."""
+    require(not out.is_dir() and os.access(out.parent, os.W_OK),
+            f"cannot write {out}; give a file in a folder that exists and is writable")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one sentence and no usage on a wrong command line."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"calibrate: {message} (see --help)\n")
+        self.exit(2, f"{self.prog.rpartition('.')[2]}: {message} (see --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m sparse_attn.calibrate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="python -m sparse_attn.calibrate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="local folder or hub id")
     add("--method", required=True, choices=list(SEARCHES))
     add("--text", required=True, action="append", metavar="FILE", help="UTF-8 text, - for stdin; may be repeated")
     add("--out", required=True, metavar="FILE", help="the profile, JSON")
     add("--length", type=int, default=0, help="use the last so many tokens of each text (default: all)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=list(DTYPES), help="of the model; attention is measured in float32 (default: bfloat16, float32 on a CPU)")
+    add_device(parser)
     for (name, kind), owners in _options().items():
         help_ = "; ".join(f"{method}: default {default}" for method, default in owners.items())
         add("--" + name.replace("_", "-"), type=kind, help=help_)
@@ -154,16 +179,10 @@ def _run(args: argparse.Namespace) -> None:
     search = _search(args)
     require(args.length >= 0, f"--length is {args.length}; give a number of tokens, or 0 for the whole text")
     out = Path(args.out)
-    require(not out.is_dir() and os.access(out.parent, os.W_OK),
-            f"cannot write {out}; give a file in a folder that exists and is writable")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ContractError(f"device {args.device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
-    from .hf import load, model_id
+    require_writable(out)
+    model, tokenizer = load_for(args)
+    from .hf import model_id
 
-    dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "bfloat16")]
-    model, tokenizer = load(args.model, args.device, dtype)
     texts = read_texts(args.text, tokenizer, args.length)
     with tqdm(total=2 * len(texts) * model_id(model).layers, unit="layer", file=sys.stderr) as bar:
         profile = calibrate(model, texts, search, bar.update)

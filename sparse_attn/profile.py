@@ -54,6 +54,14 @@ class ModelId:
             getattr(config, "head_dim", None) or config.hidden_size // heads, weights_id(model),
         )  # fmt: skip
 
+    def same_shape(self, other: ModelId) -> bool:
+        """Are both of one kind, layers and heads counted?"""
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name not in ("name", "weights"))
+
+    def same_weights(self, other: ModelId) -> bool:
+        """False where both know their weights and they differ."""
+        return not self.weights or not other.weights or self.weights == other.weights
+
     def __str__(self) -> str:
         shape = f"{self.layers} layers of {self.heads} heads on {self.kv_heads} of {self.head_dim}"
         return f"{self.name or 'unnamed'} ({self.model_type}, {shape})"
@@ -135,10 +143,8 @@ class Profile:
 
     def require_model(self, model: ModelId) -> None:
         """Raise unless ``model`` is the one that was measured."""
-        shape = [f.name for f in fields(ModelId) if f.name not in ("name", "weights")]
-        same = all(getattr(self.model, name) == getattr(model, name) for name in shape)
-        require(same, f"the profile was made for {self.model} but this model is {model}; calibrate this one")
-        require(not self.model.weights or not model.weights or self.model.weights == model.weights,
+        require(self.model.same_shape(model), f"the profile was made for {self.model} but this model is {model}; calibrate this one")
+        require(self.model.same_weights(model),
                 f"the profile was made for other weights of {self.model} ({self.model.weights}, these are {model.weights}); "
                 "calibrate again, or pass prefill=profile.selector() to use it all the same")
 

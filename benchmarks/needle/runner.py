@@ -201,12 +201,14 @@ _ENDS = 1 << 20  # bytes of each end of a file that its identity is read from
 def weights_id(model: str) -> str:
     """Changes when the files of a local model change, the same wherever they lie; empty for a hub id.
 
-    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes. A profile is no part of the model.
+    The ends of a file stand for the whole: a checkpoint may have hundreds of gigabytes. Profiles and retaining heads are no part
+    of the model.
     """
     folder = Path(model)
     if not folder.is_dir():
         return ""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and not path.name.startswith("profile_"))
+    beside = ("profile_", "locret")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and not p.name.startswith(beside))
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

@@ -13,12 +13,12 @@ void key_mass(const KeyMass& args, const Parallel& parallel) {
   std::fill(args.out, args.out + args.k.size[2], 0.0f);
   with_element(args.q.dtype, [&](auto element) {
     using Logits = typename LogitsOf<decltype(element)>::type;
-    using Rows = RunProbes<Logits>;
-    const std::vector<KeyTask> tasks = key_tasks(runs, Rows::kTileKeys);
+    using Queries = RunProbes<Logits>;
+    const std::vector<KeyTask> tasks = key_tasks(runs, Queries::kTileKeys);
     parallel_tasks(parallel, int64_t(tasks.size()), [&](TaskQueue& queue) {
       [[maybe_unused]] const typename Logits::Guard guard{};
-      Rows rows(args.q, args.k, args.scale, args.softcap);
-      std::vector<float> sums(group * Rows::kTileKeys);
+      Queries queries(args.q, args.k, args.scale, args.softcap);
+      std::vector<float> sums(group * Queries::kTileKeys);
       for (int64_t t; queue.take(&t);) {
         const auto& [at, key0, end] = tasks[t];
         const TokenRun& run = runs[at];
@@ -31,8 +31,8 @@ void key_mass(const KeyMass& args, const Parallel& parallel) {
           *inverse = float(1 + kLn2 * (double(*top) - exponent));
           return std::isfinite(lse);
         };
-        rows.sum_queries(run, key0, end, first, group, weight, sums.data());
-        reduce_heads(sums.data(), group, Rows::kTileKeys, end - key0, args.reduce, args.out + run.start + key0);
+        queries.sum_queries(run, key0, end, first, group, weight, sums.data());
+        reduce_heads(sums.data(), group, Queries::kTileKeys, end - key0, args.reduce, args.out + run.start + key0);
       }
     });
   });

@@ -30,21 +30,21 @@ class Window {
 
   void run(const Parallel& parallel) {
     std::fill(a_.out, a_.out + a_.k.size[2], 0.0f);
-    const std::vector<KeyTask> chunks = key_tasks(runs_, kChunkKeys), tiles = key_tasks(runs_, Rows::kTileKeys);
-    each(parallel, int64_t(chunks.size()), [&](Rows& rows, float*, int64_t t) { find_peaks(rows, chunks[t]); });
+    const std::vector<KeyTask> chunks = key_tasks(runs_, kChunkKeys), tiles = key_tasks(runs_, Queries::kTileKeys);
+    each(parallel, int64_t(chunks.size()), [&](Queries& queries, float*, int64_t t) { find_peaks(queries, chunks[t]); });
     parallel_tasks(parallel, int64_t(runs_.size()), [&](TaskQueue& queue) {
       for (int64_t t; queue.take(&t);) join_chunks(int(t));
     });
-    each(parallel, int64_t(tiles.size()), [&](Rows& rows, float* sums, int64_t t) { add_up(rows, sums, tiles[t]); });
+    each(parallel, int64_t(tiles.size()), [&](Queries& queries, float* sums, int64_t t) { add_up(queries, sums, tiles[t]); });
     if (a_.kernel == 1) return;
     parallel_tasks(parallel, int64_t(tiles.size()), [&](TaskQueue& queue) {
-      std::vector<float> sums(group_ * Rows::kTileKeys);
+      std::vector<float> sums(group_ * Queries::kTileKeys);
       for (int64_t t; queue.take(&t);) pool(tiles[t], sums.data());
     });
   }
 
  private:
-  using Rows = RunProbes<Logits>;
+  using Queries = RunProbes<Logits>;
 
   // where a run's things start; rows are numbered [head][query of the window]
   struct Place {
@@ -58,27 +58,27 @@ class Window {
   void each(const Parallel& parallel, int64_t tasks, const Do& act) {
     parallel_tasks(parallel, tasks, [&](TaskQueue& queue) {
       [[maybe_unused]] const typename Logits::Guard guard{};
-      Rows rows(a_.q, a_.k, a_.scale, a_.softcap);
-      std::vector<float> sums(group_ * Rows::kTileKeys);
-      for (int64_t t; queue.take(&t);) act(rows, sums.data(), t);
+      Queries queries(a_.q, a_.k, a_.scale, a_.softcap);
+      std::vector<float> sums(group_ * Queries::kTileKeys);
+      for (int64_t t; queue.take(&t);) act(queries, sums.data(), t);
     });
   }
 
-  void find_peaks(Rows& rows, const KeyTask& task) {
+  void find_peaks(Queries& queries, const KeyTask& task) {
     const TokenRun& run = runs_[task.run];
     const Place& place = places_[task.run];
     const int64_t all = place.queries * group_;
-    for (int64_t row0 = 0; row0 < all; row0 += Rows::kMaxRows) {
-      const int64_t end = std::min<int64_t>(row0 + Rows::kMaxRows, all);
-      rows.clear();
+    for (int64_t row0 = 0; row0 < all; row0 += Queries::kMaxRows) {
+      const int64_t end = std::min<int64_t>(row0 + Queries::kMaxRows, all);
+      queries.clear();
       for (int64_t row = row0; row < end; ++row)
-        rows.add_query(run, int(row / place.queries), run.n_q - place.queries + row % place.queries);
-      rows.close();
-      rows.begin();
-      rows.each_tile(task.key0, task.end, [&](int64_t key0, int64_t key_end) { rows.load_tile(run, key0, key_end); },
-                     [&](int row, float* s, int64_t key0) { rows.absorb(row, s, key0); });
+        queries.add_query(run, int(row / place.queries), run.n_q - place.queries + row % place.queries);
+      queries.close();
+      queries.begin();
+      queries.each_tile(task.key0, task.end, [&](int64_t key0, int64_t key_end) { queries.load_tile(run, key0, key_end); },
+                        [&](int row, float* s, int64_t key0) { queries.absorb(row, s, key0); });
       Peak* to = peaks_.data() + place.peaks + task.key0 / kChunkKeys * all + row0;
-      for (int row = 0; row < rows.size(); ++row) to[row] = rows.join(row);
+      for (int row = 0; row < queries.size(); ++row) to[row] = queries.join(row);
     }
   }
 
@@ -97,7 +97,7 @@ class Window {
     }
   }
 
-  void add_up(Rows& rows, float* sums, const KeyTask& task) {
+  void add_up(Queries& queries, float* sums, const KeyTask& task) {
     const TokenRun& run = runs_[task.run];
     const Place& place = places_[task.run];
     const int64_t first = run.n_q - place.queries, n = task.end - task.key0;
@@ -106,10 +106,10 @@ class Window {
       *top = row.top, *inverse = row.inverse;
       return row.inverse > 0;
     };
-    rows.sum_queries(run, task.key0, task.end, first, group_, weight, sums);
-    if (a_.kernel == 1) return reduce_heads(sums, group_, Rows::kTileKeys, n, a_.reduce, a_.out + run.start + task.key0);
+    queries.sum_queries(run, task.key0, task.end, first, group_, weight, sums);
+    if (a_.kernel == 1) return reduce_heads(sums, group_, Queries::kTileKeys, n, a_.reduce, a_.out + run.start + task.key0);
     for (int64_t head = 0; head < group_; ++head)
-      std::copy(sums + head * Rows::kTileKeys, sums + head * Rows::kTileKeys + n,
+      std::copy(sums + head * Queries::kTileKeys, sums + head * Queries::kTileKeys + n,
                 sums_.get() + place.sums + head * run.length + task.key0);
   }
 
@@ -121,7 +121,7 @@ class Window {
     const int64_t half = a_.kernel / 2, reach = std::min(half, before);
     for (int64_t head = 0; head < group_; ++head) {
       const float* sums = sums_.get() + place.sums + head * run.length;
-      float* to = pooled + head * Rows::kTileKeys;
+      float* to = pooled + head * Queries::kTileKeys;
       std::fill(to, to + (own - task.key0), 0.0f);  // no sum is negative: 0 is also where a maximum starts
       for (int64_t offset = -reach; offset <= reach; ++offset) {
         const int64_t low = std::max(task.key0, -offset), high = std::min(own, before - offset);
@@ -135,7 +135,7 @@ class Window {
           to[key - task.key0] /= float(std::min(before, key + half + 1) - std::max<int64_t>(0, key - half));
       std::copy(sums + own, sums + task.end, to + (own - task.key0));
     }
-    reduce_heads(pooled, group_, Rows::kTileKeys, task.end - task.key0, a_.reduce, a_.out + run.start + task.key0);
+    reduce_heads(pooled, group_, Queries::kTileKeys, task.end - task.key0, a_.reduce, a_.out + run.start + task.key0);
   }
 
   const WindowMass& a_;

@@ -4,6 +4,7 @@ from .chunkkv import ChunkKV
 from .heavy_hitter import HeavyHitter
 from .keydiff import KeyDiff
 from .knorm import KNorm
+from .locret import Locret
 from .random import Random
 from .snapkv import SnapKV
 from .streaming import Streaming
@@ -14,6 +15,7 @@ POLICIES = {
     "heavy_hitter": HeavyHitter,
     "keydiff": KeyDiff,
     "knorm": KNorm,
+    "locret": Locret,
     "random": Random,
     "snapkv": SnapKV,
     "streaming": Streaming,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ class ChunkKV:
     Source: ChunkKV, arXiv:2502.00299, section 3 (chunks of 10 to 20 tokens).
 
     Attributes:
-        inner: name of the policy that ranks tokens.
+        inner: name of the policy that ranks tokens, with its usual settings.
         chunk: tokens.
     """
 
@@ -32,7 +32,7 @@ class ChunkKV:
     def __post_init__(self):
         from . import POLICIES
 
-        known = [name for name, cls in POLICIES.items() if cls is not ChunkKV]
+        known = [name for name, cls in POLICIES.items() if cls is not ChunkKV and all(f.default is not MISSING for f in fields(cls))]
         require(self.inner in known, f"inner={self.inner!r}: no such policy; there are {', '.join(known)}")
         require(self.chunk >= 1, f"chunk={self.chunk} must be 1 or more tokens")
         object.__setattr__(self, "_inner", POLICIES[self.inner]())

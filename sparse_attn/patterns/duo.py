@@ -55,13 +55,16 @@ class Duo:
         require(self.sparsity is None or 0 <= self.sparsity <= 1, f"sparsity={self.sparsity} is outside [0, 1]; it is a share")
         require_near(self.sink_tokens, self.recent_tokens, self.block)
 
+    def retrieves(self) -> tuple[tuple[bool, ...], ...]:
+        """The table with its gates decided: True where a head retrieves."""
+        return self.retrieval if self.sparsity is None else _split(self.retrieval, self.sparsity)
+
     def select(self, q: Tensor, kv: KVView, ctx: LayerContext) -> ReadPlan:
         if not self.retrieval:
             raise NotServed("needs a table of retrieval heads; calibrate one, or give retrieval")
         layers = len(self.retrieval)
         require(ctx.layer < layers, f"retrieval has {layers} layers but layer {ctx.layer} asked; add rows")
-        table = self.retrieval if self.sparsity is None else _split(self.retrieval, self.sparsity)
-        row, kv_heads = table[ctx.layer], kv.fetch()[0].shape[1]
+        row, kv_heads = self.retrieves()[ctx.layer], kv.fetch()[0].shape[1]
         require(len(row) in (1, kv_heads), f"retrieval has {len(row)} heads in layer {ctx.layer} but the layer has {kv_heads} key "
                 "heads; one entry for each, or one for all")
         near = [(0, kv.n_tokens) if whole else (self.sink_tokens, self.recent_tokens) for whole in row]
