@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,59 +30,20 @@ from sparse_attn.ops import OPS, use_backend
 from sparse_attn.patterns import XAttention
 from sparse_attn.types import BlockIndex, LayerContext, ResidentKV
 
-from . import measure
+from . import decode, measure
 from .cases import DTYPES, Sample, Shape, random_lists, rms_error, top_k_for, visible_pairs
+from .entries import GATE, Baseline, BenchError, Entry, GateError
 
-BASELINES = ("sdpa", "flex", "mm", "dense")
+BASELINES = ("sdpa", "flex", "mm", "dense", "folded", "read")
 STRIDES = (8, 16)
 PROXY_STRIDE = 4
 PROBES = 64
 OVERHEAD_CALLS = 200
 MM_SIZE = 2048  # the smallest square that reaches torch.mm's full rate (specs: 2048 and 4096 alike)
-_GATE = 2.0  # times torch's own error
 _GATE_SCORE = 1e-2  # relative rms; a share only ranks
 _GATE_POOLED = 1e-5  # relative rms of float32 arithmetic
 _GATE_MASS = 1e-3  # largest relative error of a sum of probabilities
 _EXACT_SCORE_ROWS = 2048  # tokens; the float64 score of a longer call takes minutes
-
-
-class BenchError(Exception):
-    """Bad input: one sentence, exit status 2."""
-
-
-class GateError(Exception):
-    """A kernel is wrong, so its speed is not measured: exit status 1."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Something to compare with. Entries that share a ``key`` share its measurements; ``flop`` set: rates are compared."""
-
-    key: str
-    make: Callable[[], Callable]
-    flop: float | None = None
-
-
-@dataclass
-class Entry:
-    """One call to time, and the fields of its lines.
-
-    Attributes:
-        flop: operations that the call has to do; 0 where counting them says nothing.
-        repeats: how often one timing runs the op, its baselines alike.
-    """
-
-    op: str
-    call: Callable
-    fields: dict
-    flop: float = 0.0
-    against: dict[str, Baseline] = field(default_factory=dict)
-    repeats: int = 1
-
-    @property
-    def name(self) -> str:
-        marks = [f"{key}={self.fields[key]}" for key in ("of", "density", "stride", "rule", "out") if self.fields.get(key)]
-        return " ".join([self.op, *marks])
 
 
 # -- baselines ----------------------------------------------------------------------------------------------------------
@@ -162,7 +123,7 @@ def attention_errors(shape: Shape, index: BlockIndex) -> dict:
         out, _ = ops.block_sparse_attention(*inputs, index.counts, index.indices, *index.block, shape.scale)
         ours = rms_error(sample.of_output(out), truth)
         theirs = rms_error(sample.torch_answer(*inputs, shape.scale), truth)
-        if not ours <= _GATE * theirs + 1e-6:
+        if not ours <= GATE * theirs + 1e-6:
             raise GateError(f"block_sparse_attention at {shape.n} tokens is off by {ours:.2e} (rms) where torch SDPA is off by "
                             f"{theirs:.2e}; fix the kernel before timing it")
         found |= {f"rms_error{suffix}": ours, f"baseline_rms_error{suffix}": theirs, f"error_ratio{suffix}": ours / theirs}
@@ -395,6 +356,7 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "window_mass": functools.partial(_mass_calls, op="window_mass"),
     "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
+    "paged_attention": decode.paged_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,

@@ -15,15 +15,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
-
 from sparse_attn import PATTERNS
 
+from . import sweep
 from .needle import runner
-from .needle.grade import CaseFile, Row
-from .needle.haystack import FORM, TASKS, NeedleError
+from .needle.grade import Row
+from .needle.haystack import TASKS, NeedleError
 
 RESULTS = Path("build") / "methods.jsonl"
 # what a needle prompt cannot give a method
@@ -37,8 +34,6 @@ SMALLER: dict[str, list[dict]] = {
     "moba": [{"block_k": 256, "top_k": 4}],
     "proxyattn": [{"min_budget": 512}],
 }
-# one needle stands at a depth; the other tasks spread theirs over the text, so one prompt says as much
-BY_DEPTH = ("single", "multikey")
 
 
 def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
@@ -58,17 +53,6 @@ def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
     # what calibration found for this very model
     calibrated = [runner.Method.calibrated(path) for path in sorted(profiles.glob("profile_*.json"))]
     found += [method for method in calibrated if method.name in names]
-    return found
-
-
-def cases(lengths: Sequence[int], tasks: Sequence[str], depths: Sequence[int], trials: int) -> list[list[runner.Case]]:
-    """``depths`` needle depths per length for the tasks where depth matters, one prompt per trial for the others."""
-    found = []
-    for length, n in zip(lengths, depths):
-        spread = [0.5] if n == 1 else [round(i / (n - 1), 4) for i in range(n)]
-        for task in tasks:
-            for seed in range(trials):
-                found += [[runner.Case(task, length, depth, seed)] for depth in (spread if task in BY_DEPTH else [0.5])]
     return found
 
 
@@ -119,69 +103,19 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
-    lengths = [int(n) for n in args.lengths.split(",")]
-    depths = [int(n) for n in args.depths.split(",")]
-    depths = depths * len(lengths) if len(depths) == 1 else depths
-    if len(depths) != len(lengths) or min(lengths + depths) < 1:
-        raise NeedleError(f"--depths {args.depths} gives {len(depths)} numbers for {len(lengths)} lengths; give one, or one each")
-    tasks = args.tasks.split(",")
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise NeedleError(f"task {unknown[0]!r} is not known; use one of {', '.join(TASKS)}")
     names = args.methods.split(",") if args.methods else [name for name in PATTERNS if name not in WITHOUT]
-    chosen = methods(names, Path(args.model))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    file = CaseFile(args.json, runner.KEY)
-    torch.set_num_threads(args.threads)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    dtype = runner.pick_dtype("auto", args.device)
-    model, tokenizer = runner.load(args.model, args.device, dtype, False)
-    settings = runner.Settings(
-        model="bundled" if Path(args.model) == runner.BUNDLED else args.model,
-        weights=runner.weights_id(args.model),
-        haystack=f"generated, form {FORM}",
-        device=args.device,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=args.threads,
-        batch_size=1,
-        chunk=None,
-    )
-    batches = cases(lengths, tasks, depths, args.trials)
-    with tqdm(total=len(chosen) * len(batches), unit="case", file=sys.stderr, smoothing=0) as bar:
-
-        def tick(row: Row) -> None:
-            bar.set_postfix_str(f"{row['length']} {row['task']} {row['prefill']}", refresh=False)
-            bar.update()
-
-        rows = runner.run(model, tokenizer, runner.make_haystack(tokenizer, None), batches, chosen, settings, file, tick)
+    batches = sweep.cases(args, sweep.ends_included)
+    rows = sweep.run(args, methods(names, Path(args.model)), batches, chunk=None)
     print(markdown(rows))
     for name, why in WITHOUT.items():
         print(f"not run: {name} needs {why}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--methods", help="names separated by commas (default: all)")
-    add("--model", default=str(runner.BUNDLED), help="local folder or hub id (default: the model that ships)")
-    add("--lengths", default="4096,8192,16384,32768,65536", help="tokens (default: %(default)s)")
-    add("--depths", default="5,5,5,5,1", help="needle depths per length, for single and multikey (default: %(default)s)")
-    add("--tasks", default=",".join(TASKS), help="default: %(default)s")
-    add("--trials", type=int, default=1, help="prompts per task, length and depth (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--json", type=Path, default=RESULTS, metavar="FILE", help="JSON lines (default: %(default)s)")
+    parser = sweep.parser("methods", __doc__, "4096,8192,16384,32768,65536", "5,5,5,5,1", ",".join(TASKS), RESULTS)
+    parser.add_argument("--methods", help="names separated by commas (default: all)")
     args = parser.parse_args(argv)
-    try:
-        _run(args)
-    except (NeedleError, ValueError) as error:
-        parser.exit(2, f"methods: {error} (see --help)\n")
-    except KeyboardInterrupt:
-        print("methods: stopped; the same command goes on from the JSON file", file=sys.stderr)
-        return 130
-    return 0
+    return sweep.finish("methods", parser, lambda: _run(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """python -m benchmarks.needle: does a model still find a sentence hidden in a long text when it reads only part of it?
 
-Every case runs dense and with each ``--prefill`` and ``--profile`` on the same prompt. One JSON line per case and method; a run
-that was stopped goes on from its file.
+Every case runs dense and with each ``--prefill``, ``--profile`` or ``--cache`` on the same prompt. One JSON line per case and
+method; a run that was stopped goes on from its file.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a calibrated profile of the model to compare with dense; may be repeated")
     add("--dual-chunk", metavar="JSON", help="""read with dual chunk attention, e.g. '{"chunk": 2048, "local": 256}':
 every --prefill, or dense if there is none; the baseline stays plain""")
+    add("--cache", action="append", default=[], metavar="NAME",
+        help="""cache that evicts (a kvcache method), to compare with one that keeps everything; may be repeated;
+prompts are read by the one --prefill or --profile, or dense; --chunk evicts after every piece""")
+    add("--cache-args", action="append", default=[], metavar="JSON",
+        help="""its budget and settings, e.g. '{"budget": 512, "window": 32}': once for all, or once per --cache""")
+    add("--question", choices=("inside", "after"), default="inside",
+        help="""inside: part of the prompt that is compressed
+after: the text is read and compressed, then the question comes as a new turn (default: %(default)s)""")
     add("--no-baseline", action="store_true", help="do not run dense")
     add("--lengths", default="1024,2048,4096,8192,16384,32768", help="prompt lengths in tokens (default: %(default)s)")
     add("--depths", type=int, default=5, help="how many needle depths from start to end (default: %(default)s)")
@@ -76,26 +85,40 @@ def _object(text: str, option: str, example: str) -> dict:
     return value
 
 
+def _arguments(args: argparse.Namespace, option: str, example: str) -> list[dict]:
+    """The ``--OPTION-args`` of each ``--OPTION``."""
+    names, texts = getattr(args, option), getattr(args, f"{option}_args")
+    if len(texts) > 1 and len(texts) != len(names):
+        raise NeedleError(f"--{option}-args came {len(texts)} times for {len(names)} --{option}; give it once, or once for each")
+    if texts and not names:
+        raise NeedleError(f"--{option}-args has no --{option} to apply to; name a method")
+    each = texts if len(texts) == len(names) else (texts or ["{}"]) * len(names)
+    return [_object(text, f"--{option}-args", example) for text in each]
+
+
 def _methods(args: argparse.Namespace) -> list[runner.Method]:
-    if len(args.prefill_args) > 1 and len(args.prefill_args) != len(args.prefill):
-        raise NeedleError(
-            f"--prefill-args came {len(args.prefill_args)} times for {len(args.prefill)} --prefill; give it once, or once for each"
-        )
-    if args.prefill_args and not args.prefill:
-        raise NeedleError("--prefill-args has no --prefill to apply to; name a method")
-    texts = args.prefill_args if len(args.prefill_args) == len(args.prefill) else (args.prefill_args or ["{}"]) * len(args.prefill)
-    methods = [] if args.no_baseline else [runner.Method()]
+    given = _arguments(args, "prefill", '{"threshold": 0.9}')
+    caches = list(zip(args.cache, _arguments(args, "cache", '{"budget": 512}')))
+    reading = len(args.prefill) + len(args.profile)
+    if caches and reading > 1:
+        raise NeedleError(f"--cache goes with one --prefill or --profile, got {reading}; give one of them")
+    if args.question == "after" and args.batch_size > 1:
+        raise NeedleError(f"--question after came with --batch-size {args.batch_size}, but questions differ in length; drop one")
+    methods = [] if args.no_baseline else [runner.Method(question=args.question)]
     dual = {} if args.dual_chunk is None else _object(args.dual_chunk, "--dual-chunk", '{"chunk": 2048, "local": 256}')
     if args.dual_chunk is not None and not dual:
         raise NeedleError("--dual-chunk {} holds nothing; give chunk and local, or leave it out")
-    for name, text in zip(args.prefill or ["dense"] * bool(dual), texts or ["{}"]):
-        method = runner.Method(name, _object(text, "--prefill-args", '{"threshold": 0.9}'), dual)
-        method.check()
-        if method not in methods:
-            methods.append(method)
-    methods += [runner.Method.calibrated(path, dual) for path in dict.fromkeys(args.profile)]
+    plain = not args.profile and (bool(dual) or bool(caches))
+    readers = [runner.Method(name, arguments, dual) for name, arguments in zip(args.prefill or ["dense"] * plain, given or [{}])]
+    readers += [runner.Method.calibrated(path, dual) for path in dict.fromkeys(args.profile)]
+    for reader in readers:
+        for cache, arguments in caches or [("", {})]:
+            method = replace(reader, cache=cache, cache_args=arguments, question=args.question)
+            method.check()
+            if method not in methods:
+                methods.append(method)
     if not methods:
-        raise NeedleError("nothing to run: --no-baseline without --prefill or --profile; name a method")
+        raise NeedleError("nothing to run: --no-baseline without --prefill, --profile or --cache; name a method")
     return methods
 
 
@@ -178,7 +201,7 @@ def _needle(args: argparse.Namespace) -> None:
     with tqdm(total=total, unit="case", file=sys.stderr, smoothing=0) as bar:
 
         def tick(row: grade.Row) -> None:
-            bar.set_postfix_str(f"{row['length']} {row['task']} {row['prefill']}", refresh=False)
+            bar.set_postfix_str(f"{row['length']} {row['task']} {row['prefill']} {row.get('cache', '')}", refresh=False)
             bar.update()
 
         rows = runner.run(model, tokenizer, haystack, batches, methods, settings, file, tick)

@@ -15,6 +15,9 @@ from .haystack import NeedleError
 
 Row = dict[str, object]
 
+# what earlier versions could not vary, and what their lines, which do not mention it, had
+_ADDED: dict[str, object] = {"dual_chunk": {}, "cache": "", "cache_args": {}, "question": "inside"}
+
 
 def grade(answer: str, expected: Iterable[str]) -> float:
     """Share of the expected values among the answer's first values, as many as were expected.
@@ -63,7 +66,8 @@ class CaseFile:
             os.truncate(path, len(whole))
 
     def key(self, row: Row) -> str:
-        return json.dumps([*(row[name] for name in self._key), row.get("dual_chunk", {})], sort_keys=True)
+        added = [row.get(name, usual) for name, usual in _ADDED.items()]
+        return json.dumps([*(row[name] for name in self._key), *added], sort_keys=True)
 
     def done(self) -> dict[str, Row]:
         return {self.key(row): row for row in self.rows}
@@ -73,6 +77,10 @@ class CaseFile:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+# what a line says of the cache; absent from lines of earlier versions
+HELD = ("kept_tokens", "kv_bytes", "kv_peak_bytes")
 
 
 def _starts_a_case(text: bytes) -> bool:
@@ -85,8 +93,15 @@ def method_name(row: Row) -> str:
         inside = ", ".join(f"{key}={value}" for key, value in arguments.items())
         return f"{name}({inside})" if inside else name
 
-    plain = called(row["prefill"], row["prefill_args"])
-    return f"{plain} + {called('dual_chunk', row['dual_chunk'])}" if row.get("dual_chunk") else plain
+    parts = [called(row["prefill"], row["prefill_args"])]
+    parts += [called("dual_chunk", row["dual_chunk"])] if row.get("dual_chunk") else []
+    parts += [called(row["cache"], row["cache_args"])] if row.get("cache") else []
+    return " + ".join(parts) + (", question after" if row.get("question") == "after" else "")
+
+
+def is_baseline(row: Row) -> bool:
+    """Is this the model as it was loaded, with the cache that transformers makes?"""
+    return row["prefill"] == "dense" and not row.get("dual_chunk") and not row.get("cache")
 
 
 def _mean(rows: list[Row], name: str) -> float:
@@ -94,12 +109,12 @@ def _mean(rows: list[Row], name: str) -> float:
 
 
 def _pair(row: Row) -> tuple:
-    return row["task"], row["length"], row["depth"], row["seed"]
+    return row["task"], row["length"], row["depth"], row["seed"], row.get("question", "inside")
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """One row per method and length: accuracy per task, density, seconds, paired speedup over dense."""
-    dense = {_pair(row): row["prefill_s"] for row in rows if method_name(row) == "dense"}
+    """One row per method and length: accuracy per task, density, seconds, paired speedup over dense, what the cache held."""
+    dense = {_pair(row): row["prefill_s"] for row in rows if is_baseline(row)}
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["length"], method_name(row)].append(row)
@@ -118,6 +133,7 @@ def summary(rows: list[Row]) -> list[Row]:
                 "density": _mean(group, "density"),
                 "prefill_s": statistics.median(row["prefill_s"] for row in group),
                 "speedup": statistics.median(ratios) if ratios else None,
+                **{name: _mean(group, name) for name in HELD if all(name in row for row in group)},
             }
         )
     return out
@@ -127,12 +143,17 @@ def print_tables(rows: list[Row], console: Console) -> None:
     """The summary, then accuracy over depth x length for every method."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     table = Table(title="Needle in a haystack")
-    for name in ("length", "method", "cases", *tasks, "density", "prefill s", "speedup over dense"):
+    held = any(row.get("cache") for row in rows)
+    columns = ("kept tokens", "KV MiB", "peak KV MiB") if held else ()
+    for name in ("length", "method", "cases", *tasks, "density", "prefill s", "speedup over dense", *columns):
         table.add_column(name, justify="left" if name == "method" else "right")
     for line in summary(rows):
         accuracy = [f"{line['accuracy'][task]:.3f}" if task in line["accuracy"] else "" for task in tasks]
         speedup = "" if line["speedup"] is None else f"{line['speedup']:.2f}"
         figures = (f"{line['density']:.3f}", f"{line['prefill_s']:.2f}", speedup)
+        if held:
+            known = HELD[0] in line
+            figures += (f"{line['kept_tokens']:.0f}", *(f"{line[name] / 2**20:.2f}" for name in HELD[1:])) if known else ("",) * 3
         table.add_row(str(line["length"]), line["method"], str(line["cases"]), *accuracy, *figures)
     console.print(table)
 

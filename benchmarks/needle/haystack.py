@@ -78,12 +78,14 @@ class Prompt:
         expected: values (or names) the answer must contain.
         needle: token span ``[start, stop)`` of every needle that holds an expected value.
         answer_tokens: how many tokens to generate, enough for a full answer.
+        question_tokens: how many tokens at the end are the question; what comes before is the text.
     """
 
     ids: list[int]
     expected: tuple[str, ...]
     needle: tuple[tuple[int, int], ...]
     answer_tokens: int
+    question_tokens: int
 
 
 @dataclass(frozen=True)
@@ -253,4 +255,4 @@ class Haystack:
         answer = sum(len(self._encode(f" {value}.")) for value in made.expected) + 2
         if len(made.expected) > 1:
             answer += len(made.expected) * max(map(len, needles))
-        return Prompt(out, made.expected, tuple(spans), answer)
+        return Prompt(out, made.expected, tuple(spans), answer, len(tail))

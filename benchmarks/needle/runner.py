@@ -1,4 +1,4 @@
-"""Runs needle cases through a transformers model: dense, then each prefill method, on the same prompts."""
+"""Runs needle cases through a transformers model: dense, then each prefill method or cache, on the same prompts."""
 
 import hashlib
 import importlib.metadata
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from . import kv
 from .grade import CaseFile, Row, grade
 from .haystack import Haystack, NeedleError, Prompt
 
@@ -25,16 +27,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Method:
-    """How the prompt is read. ``dense`` is the model as it was loaded; other names are ``sparse_attn.PATTERNS``.
+    """How the prompt is read and kept: one of ``sparse_attn.PATTERNS``; ``dense`` without more is the model as it was loaded.
 
-    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file of
-    a calibrated profile, ``arguments`` only tell the profile's file name and content.
+    ``dual_chunk`` holds the fields of a ``sparse_attn.DualChunk``; empty leaves distances as they are. With ``profile``, the file
+    of a calibrated profile, ``arguments`` only tell the profile's file name and content.
+
+    ``cache`` is one of ``kvcache.METHODS``, empty for the cache that transformers makes, which keeps everything; ``cache_args`` are
+    its budget and settings. The ``question`` stands "inside" the prompt that is compressed, or comes "after", as a new turn.
     """
 
     name: str = "dense"
     arguments: dict[str, object] = field(default_factory=dict)
     dual_chunk: dict[str, object] = field(default_factory=dict)
     profile: Path | None = None
+    cache: str = ""
+    cache_args: dict[str, object] = field(default_factory=dict)
+    question: str = "inside"
 
     @classmethod
     def calibrated(cls, path: Path, dual_chunk: dict[str, object] | None = None) -> "Method":
@@ -45,25 +53,31 @@ class Method:
             name = load_profile(path).method
         except ValueError as error:
             raise NeedleError(f"--profile: {error}") from error
-        return cls(name, {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, dual_chunk or {}, path)
+        arguments = {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+        return cls(name, arguments, dual_chunk or {}, path)
 
     def row(self) -> Row:
-        """What a case's line says about the method; without dual chunks it reads as it always did."""
-        return {"prefill": self.name, "prefill_args": self.arguments} | ({"dual_chunk": self.dual_chunk} if self.dual_chunk else {})
+        """What a case's line says about the method; what is not used is not mentioned, as in the lines of earlier versions."""
+        row = {"prefill": self.name, "prefill_args": self.arguments}
+        row |= {"dual_chunk": self.dual_chunk} if self.dual_chunk else {}
+        row |= {"cache": self.cache, "cache_args": self.cache_args} if self.cache else {}
+        return row | ({"question": self.question} if self.cache or self.question != "inside" else {})
 
     def check(self) -> None:
         """Raise NeedleError unless the package knows the name and accepts the arguments."""
-        if self.name == "dense":
-            if self.arguments:
-                raise NeedleError(f"dense takes no arguments, got {json.dumps(self.arguments)}; drop --prefill-args")
-            if not self.dual_chunk:
-                return
+        self._check_cache()
+        if self.name == "dense" and self.arguments:
+            raise NeedleError(f"dense takes no arguments, got {json.dumps(self.arguments)}; drop --prefill-args")
+        if self.plain:
+            return
         import sparse_attn
 
         try:
             sparse_attn.SparseAttnConfig(dual_chunk=self.dual_chunk or None)
         except ValueError as error:
             raise NeedleError(f"--dual-chunk {json.dumps(self.dual_chunk)}: {error}") from error
+        if self.profile:
+            return  # whose arguments were checked when it was loaded
         if self.name not in sparse_attn.PATTERNS:
             known = ", ".join(sorted({"dense", *sparse_attn.PATTERNS}))
             raise NeedleError(f"prefill method {self.name!r} is not known; use one of {known}")
@@ -77,30 +91,58 @@ class Method:
         except (ValueError, TypeError) as error:
             raise NeedleError(f"{self.name} refuses {json.dumps(self.arguments)}: {error}") from error
 
+    def _check_cache(self) -> None:
+        if not self.cache:
+            return
+        from kvcache.config import as_config
+
+        if self.dual_chunk:
+            raise NeedleError("--dual-chunk moves keys that an evicting cache has let go of; leave it or --cache out")
+        settings = dict(self.cache_args)
+        try:
+            as_config(self.cache, settings.pop("budget", None), **settings)
+        except ValueError as error:
+            raise NeedleError(f"--cache {self.cache} {json.dumps(self.cache_args)}: {error}") from error
+
+    @property
+    def plain(self) -> bool:
+        """Is this the model as it was loaded?"""
+        return self.name == "dense" and not self.dual_chunk and not self.cache
+
     def require_model(self, model: PreTrainedModel) -> None:
-        """Raise NeedleError if the profile was made for another model; any other method suits any."""
-        if self.profile:
+        """Raise NeedleError if the profile was made for another model, or the cache does not fit this one."""
+        option = f"--profile {self.profile}" if self.profile else f"--cache {self.cache}"
+        if self.profile or self.cache:
             try:
                 with self.applied(model):
-                    pass
+                    self.make_cache(model, 1)
             except ValueError as error:
-                raise NeedleError(f"--profile {self.profile}: {error}") from error
+                raise NeedleError(f"{option}: {error}") from error
+
+    def make_cache(self, model: PreTrainedModel, compressed: int) -> Cache | None:
+        """An empty cache, None for transformers' own; ``compressed`` tokens are read before an ``evict="prompt"`` may evict."""
+        if not self.cache:
+            return None
+        import kvcache
+
+        settings = {"prompt_length": compressed} if self.cache_args.get("evict") == "prompt" else {}
+        settings |= self.cache_args
+        return kvcache.make_cache(model, self.cache, settings.pop("budget", None), **settings)
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[Callable[[], float]]:
         """Run the model with this method inside the block; yields a function that returns the density so far."""
-        if self.name == "dense" and not self.dual_chunk:
+        if self.plain:
             yield lambda: 1.0
             return
         import sparse_attn
 
         how = {"profile": self.profile} if self.profile else {"prefill": {"name": self.name, **self.arguments}}
         try:
-            handle = sparse_attn.patch(model, **how, dense_below=0, dual_chunk=self.dual_chunk or None)
+            with sparse_attn.patch(model, **how, dense_below=0, dual_chunk=self.dual_chunk or None) as handle:
+                yield lambda: handle.report().density
         except sparse_attn.ContractError as error:
             raise NeedleError(str(error)) from error
-        with handle:
-            yield lambda: handle.report().density
 
 
 @dataclass(frozen=True)
@@ -233,16 +275,19 @@ def answer(
     """Greedy answers to prompts of one length, and what reading and writing cost.
 
     Returns:
-        Token ids per prompt, and density, prefill_s, attention_s (its share spent in attention), decode_s, peak_mib.
+        Token ids per prompt, and density, prefill_s, attention_s (its share spent in attention), decode_s, peak_mib, and what
+        the cache held (``kv.figures``).
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
     steps = max(prompt.answer_tokens for prompt in prompts)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    turns = _turns(prompts, method.question)
+    pieces = [piece for turn in ids.split(turns, dim=1) for piece in turn.split(chunk or ids.shape[1], dim=1)]
     with method.applied(model) as density:
-        began, cache = _clock(model.device), None
+        began, cache = _clock(model.device), method.make_cache(model, turns[0])
         with attention_clock(model) as attention:
-            for piece in ids.split(chunk or ids.shape[1], dim=1):
+            for piece in pieces:
                 out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = out.past_key_values
         token = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -257,8 +302,20 @@ def answer(
             written.append(token)
             ended |= torch.isin(token, torch.tensor(stop, device=token.device))
         figures |= {"prefill_s": read - began, "decode_s": _clock(model.device) - resumed}
-    figures["peak_mib"] = _peak_mib(model.device)
+    figures |= {"peak_mib": _peak_mib(model.device), **kv.figures(cache, len(prompts), turns, chunk)}
     return [_until_stop(row, stop) for row in torch.cat(written, 1).tolist()], figures
+
+
+def _turns(prompts: Sequence[Prompt], question: str) -> list[int]:
+    """Tokens of each turn: the whole prompt, or its text and then its question."""
+    n = len(prompts[0].ids)
+    if question == "inside":
+        return [n]
+    lengths = {prompt.question_tokens for prompt in prompts}
+    if len(lengths) > 1:
+        said = " and ".join(map(str, sorted(lengths)))
+        raise NeedleError(f"questions of {said} tokens cannot come after their texts in one batch; use batches of 1")
+    return [n - lengths.pop(), prompts[0].question_tokens]
 
 
 def _until_stop(ids: list[int], stop: Sequence[int]) -> list[int]:

@@ -115,7 +115,13 @@ inline uint16_t float_to_fp16(float x) {
   return uint16_t(sign | ((rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13));
 }
 
-SA_INLINE F32 widen_bf16(U16 h) { return (F32)(__builtin_convertvector(h, U32) << 16); }
+SA_INLINE F32 widen_bf16(U16 h) {
+#if defined(__AVX512F__)
+  return (F32)((U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);  // GCC 12 makes two halves of the portable form
+#else
+  return (F32)(__builtin_convertvector(h, U32) << 16);
+#endif
+}
 
 SA_INLINE U16 narrow_bf16(F32 x) {
   const U32 bits = (U32)x;
@@ -169,19 +175,22 @@ SA_INLINE void transpose(F32 (&row)[kLanes]) {
   }
 }
 
-// lane i is the sum of the lanes of row[i]
-SA_INLINE F32 sums(F32 (&row)[kLanes]) {
-  #pragma GCC unroll 4
-  for (int s = kLanes / 2; s; s /= 2) {
+// lane i is the sum of the lanes of row[i]; by halves, each of them a register
+template <int N = kLanes / 2>
+SA_INLINE F32 sums(const F32* row) {
+  if constexpr (N == 0) {
+    return *row;
+  } else {
     I32 low{}, high{};
     for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & s ? kLanes + i - s : i;
-      high[i] = i & s ? kLanes + i : i + s;
+      low[i] = i & N ? kLanes + i - N : i;
+      high[i] = i & N ? kLanes + i : i + N;
     }
+    F32 half[N];
     #pragma GCC unroll 8
-    for (int i = 0; i < s; ++i) row[i] = __builtin_shuffle(row[i], row[i + s], low) + __builtin_shuffle(row[i], row[i + s], high);
+    for (int i = 0; i < N; ++i) half[i] = __builtin_shuffle(row[i], row[i + N], low) + __builtin_shuffle(row[i], row[i + N], high);
+    return sums<N / 2>(half);
   }
-  return row[0];
 }
 
 // -- elements: how a dtype is read and written -----------------------------------------------------------------------------------
