@@ -158,8 +158,8 @@ class Store:
         ends, real = (self.starts + self.lengths).flatten().tolist(), high - low
         if n == 1 and bool((real == 1).all()):
             rows = torch.tensor(ends, device=self.k.device)
-            self.positions[rows] = n_seen.repeat_interleave(heads).to(self.k.device, torch.int32)
-            self.state[rows] = 0.0
+            self.positions.index_copy_(0, rows, n_seen.int().repeat_interleave(heads).to(self.k.device))
+            self.state.index_fill_(0, rows, 0.0)
             self._true(rows)
         else:
             for (b, _), end in zip(_pairs(batch, heads), ends):

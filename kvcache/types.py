@@ -79,6 +79,8 @@ class Seen:
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """``values[b]`` (``[B]``) at each row of sequence b; anything at rows of nobody."""
+        if len(values) == 1:
+            return values.to(self.state.device).expand(len(self.state))
         return values.to(self.state.device)[self.owner // self.starts.shape[1]]
 
     @cached_property

@@ -34,7 +34,7 @@ int64_t direction(const MoveRows& a) {
 
 // entries [first, last) in order
 void move(const MoveRows& a, int64_t step, int64_t first, int64_t last) {
-  if (a.row_bytes == 4) {  // positions and scores: finding neighbours costs three times what it saves
+  if (a.row_bytes == 4) {  // positions and scores: looking for neighbours took twice as long as copying
     for (int64_t i = first; i < last; ++i) std::memcpy(a.rows + a.targets[i] * 4, a.rows + a.sources[i] * 4, 4);
     return;
   }
