@@ -36,11 +36,11 @@ from sparse_attn.patterns import Dense
 from sparse_attn.types import LayerContext
 
 from . import measure
-from .cases import DTYPES
+from .cases import DTYPES, Shape
+from .decode import SPREAD, Store
 from .needle import kv
 
 PARTS = ("memory", "decode", "ragged")
-SPREAD = 16.0  # of a ragged cache: what its fullest head keeps over what its emptiest keeps
 WINDOW = 64  # queries that a policy sees when the text has been read
 STEPS = ("snapkv", "streaming", "heavy_hitter")
 
@@ -175,22 +175,10 @@ def decode(args: argparse.Namespace) -> Iterator[dict]:
     yield from _rows("decode", args, ours, baselines, {"context": args.context, "budget": args.budget})
 
 
-def spread_counts(heads: int, mean: int) -> Tensor:
-    """int64 ``[1, heads]``: tokens that grow by one factor from head to head, ``heads * mean`` in all.
-
-    Example:
-        >>> spread_counts(4, 100)
-        tensor([[ 15,  38,  98, 249]])
-    """
-    shares = SPREAD ** torch.linspace(0, 1, heads, dtype=torch.float64)
-    counts = (shares / shares.sum() * heads * mean).long().clamp(min=1)
-    counts[-1] = heads * mean - counts[:-1].sum()
-    return counts[None]
-
-
 def ragged(args: argparse.Namespace) -> Iterator[dict]:
     """Heads that keep different numbers of tokens beside heads that keep equally many."""
-    uneven = spread_counts(args.kv_heads, args.budget)
+    shape = Shape(args.budget, args.heads, args.kv_heads, args.head_dim, dtype=args.dtype)
+    uneven = Store(shape).lists(SPREAD)[1][..., 0].long()
     layers = [Layer(args, "streaming", int(uneven.max()), counts) for counts in (torch.full_like(uneven, args.budget), uneven)]
     for name in ("attend", "step"):
         calls = [getattr(layer, name) for layer in layers]

@@ -8,6 +8,7 @@ from its file. Beside that file a Markdown file of the same name gets tables of 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -25,37 +26,48 @@ RESULTS = Path("build") / "caches.jsonl"
 QUESTIONS = ("inside", "after")
 # a score that waits until it knows the whole prompt holds all of it until then: a second row shows what that buys
 ALSO: dict[str, list[dict]] = {"snapkv": [{"evict": "prompt"}]}
-# what no budget in tokens describes
-WITHOUT = {"duo": "a split of the heads, not a budget", "locret": "heads trained for the model"}
+# methods that read a file made for the model: their argument, the file beside the model, and what suits small budgets
+FILES = {"duo": ("profile", "profile_duo.json", {}), "locret": ("path", "locret.safetensors", {"stabilizers": 64})}
+# a split of the heads says itself how much is kept
+NO_BUDGET = ("duo",)
 
 
-def methods(names: Sequence[str], budgets: Sequence[int], questions: Sequence[str]) -> list[runner.Method]:
-    """For each question a cache that keeps everything, then every named one with every budget."""
+def methods(names: Sequence[str], budgets: Sequence[int], questions: Sequence[str], model: Path) -> list[runner.Method]:
+    """For each question a cache that keeps everything, then every named one with every budget.
+
+    Without names: all that need no file, or whose file lies beside the model.
+    """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise NeedleError(f"--caches names {unknown[0]!r}; there are {', '.join(sorted(METHODS))}")
-    without = [name for name in names if name in WITHOUT]
+    without = [name for name in names if name in FILES and not (model / FILES[name][1]).is_file()]
     if without:
-        raise NeedleError(f"--caches names {without[0]!r}, which takes {WITHOUT[without[0]]}; use benchmarks.needle --cache")
+        raise NeedleError(f"--caches names {without[0]!r}, which needs {FILES[without[0]][1]} beside the model; it is not in {model}")
+    names = names or [name for name in METHODS if name not in FILES or (model / FILES[name][1]).is_file()]
     unknown = [question for question in questions if question not in QUESTIONS]
     if unknown:
         raise NeedleError(f"--questions names {unknown[0]!r}; use {','.join(QUESTIONS)} or one of them")
     found = []
     for question in questions:
         found.append(runner.Method(question=question))
-        found += [runner.Method(cache=name, cache_args={"budget": n, **settings}, question=question)
-                  for name in names for settings in ({}, *ALSO.get(name, ())) for n in budgets]
+        for name in names:
+            argument, file, settings = FILES.get(name, ("", "", {}))
+            of_model = {argument: os.path.relpath(model / file), **settings} if file else {}
+            sizes = [{}] if name in NO_BUDGET else [{"budget": n} for n in budgets]
+            found += [runner.Method(cache=name, cache_args=size | of_model | more, question=question)
+                      for more in ({}, *ALSO.get(name, ())) for size in sizes]
     for method in found:
         method.check()
     return found
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """One row per length, question, cache with its settings, and budget; "everything" is what a cache without a budget keeps."""
+    """One row per length, question, cache with its settings, and budget (None where there is none); no cache is "everything"."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         settings = dict(row.get("cache_args", {}))
-        budget, more = settings.pop("budget", None), ", ".join(f"{key}={value}" for key, value in settings.items())
+        budget = settings.pop("budget", None)
+        more = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in ("path", "profile"))
         groups[row["length"], row.get("question", "inside"), row.get("cache", "everything"), more, budget].append(row)
     found = []
     for (length, question, cache, more, budget), group in groups.items():
@@ -75,7 +87,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _cells(rows: list[Row], text) -> dict[tuple, str]:
-    """``text(row)`` by (cache, question, budget); what keeps everything stands under every budget."""
+    """``text(row)`` by (cache, question, budget); what has no budget stands under every one."""
     cells, budgets = {}, sorted({row["budget"] for row in rows if row["budget"]})
     for row in rows:
         for budget in [row["budget"]] if row["budget"] else budgets or [None]:
@@ -103,13 +115,12 @@ def bytes_table(rows: list[Row]) -> list[str]:
     def mib(group: list[Row], name: str) -> float:
         return statistics.median(row[name] for row in group) / 2**20
 
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["settings"], row["budget"]].append(row)
-    whole = groups.pop(("", None), [])
-    named = [(f"{n}, {more}" if more else str(n), groups[more, n]) for more, n in sorted(groups)]
-    lines = []
-    for name, group in [*named, *([("everything", whole)] if whole else [])]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["budget"] is None, "evict" in row["settings"], row["budget"] or 0)):
+        waits = ", evict=prompt" if "evict=prompt" in row["settings"] else ""
+        groups[row["cache"] if row["budget"] is None else f"{row['budget']}{waits}"].append(row)
+    whole, lines = groups.get("everything"), []
+    for name, group in groups.items():
         less = [f"{mib(whole, key) / mib(group, key):.1f}x" if whole else "" for key in HELD[1:]]
         kept = statistics.median(row["kept_tokens"] for row in group)
         held, peak, formula = (f"{mib(group, key):.2f}" for key in (*HELD[1:], "kv_formula_bytes"))
@@ -140,8 +151,8 @@ def compact(rows: Iterable[Row]) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
-    names = args.caches.split(",") if args.caches else [name for name in METHODS if name not in WITHOUT]
-    chosen = methods(names, [int(n) for n in args.budgets.split(",")], args.questions.split(","))
+    names = args.caches.split(",") if args.caches else []
+    chosen = methods(names, [int(n) for n in args.budgets.split(",")], args.questions.split(","), Path(args.model))
     if args.chunk < 1:
         raise NeedleError(f"--chunk is {args.chunk}; give 1 or more tokens")
     rows = sweep.run(args, chosen, sweep.cases(args, sweep.ends_left_out), args.chunk)
@@ -154,7 +165,7 @@ def _run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = sweep.parser("caches", __doc__, "4096,16384,32768", "4,2,1", "single,multikey", RESULTS)
     add = parser.add_argument
-    add("--caches", help="names separated by commas (default: all that take a budget)")
+    add("--caches", help="names separated by commas (default: all, but of those that read a file only what the model has)")
     add("--budgets", default="256,512,1024,2048", help="tokens per KV head (default: %(default)s)")
     add("--questions", default=",".join(QUESTIONS), help="default: %(default)s")
     add("--chunk", type=int, default=2048, help="tokens read at once (default: %(default)s)")

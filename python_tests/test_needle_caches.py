@@ -13,6 +13,7 @@ from benchmarks import cache_cost, caches  # noqa: E402
 from benchmarks.needle import grade, kv, runner  # noqa: E402
 from benchmarks.needle.__main__ import main  # noqa: E402
 from benchmarks.needle.haystack import NeedleError  # noqa: E402
+from kvcache import METHODS  # noqa: E402
 
 BUDGET, TOKENS = 256, 2048
 
@@ -200,23 +201,35 @@ def test_tables_say_accuracy_by_budget_and_how_much_smaller():
     assert "| tova | 0.50 | 1.00 | 0.00 |" in caches.compact(rows)
 
 
+def test_methods_that_read_a_file_of_the_model_are_in_the_table_where_there_is_one(tmp_path):
+    found = [method for method in caches.methods([], [512], ["inside"], runner.BUNDLED) if method.cache]
+    assert {method.cache for method in found} == set(METHODS)
+    (duo,), (locret,) = ([method for method in found if method.cache == name] for name in ("duo", "locret"))
+    assert set(duo.cache_args) == {"profile"} and locret.cache_args["budget"] == 512
+    for method in (duo, locret):
+        assert re.fullmatch("[0-9a-f]{12}", method.row()["cache_file"])
+    others = {method.cache for method in caches.methods([], [512], ["inside"], tmp_path) if method.cache}
+    assert others == set(METHODS) - {"duo", "locret"}
+
+
 def test_one_command_runs_caches_beside_everything_and_goes_on_from_its_file(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    command = ["--caches", "streaming", "--budgets", "128", "--lengths", "800", "--depths", "1", "--tasks", "single",
+    command = ["--caches", "streaming,duo", "--budgets", "128", "--lengths", "800", "--depths", "1", "--tasks", "single",
                "--chunk", "256", "--threads", "1", "--json", str(file)]
     assert caches.main(command) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(r.get("cache"), r.get("question", "inside"), r["correct"]) for r in rows] == [
-        (None, "inside", 1), ("streaming", "inside", 0), (None, "after", 1), ("streaming", "after", 0)]
+        (None, "inside", 1), ("streaming", "inside", 0), ("duo", "inside", 1),
+        (None, "after", 1), ("streaming", "after", 0), ("duo", "after", 1)]
     assert caches.main(command) == 0
-    assert len(file.read_text().splitlines()) == 4
+    assert len(file.read_text().splitlines()) == 6
     assert "| everything | 1.00 | 1.00 |" in capsys.readouterr().out
     assert "## 800 tokens" in (tmp_path / "rows.md").read_text()
 
 
 @pytest.mark.parametrize("options, sentence", [
     (["--caches", "snapvk"], "--caches names 'snapvk'; there are"),
-    (["--caches", "duo"], "which takes a split of the heads"),
+    (["--caches", "duo", "--model", "/no/such/model"], "which needs profile_duo.json beside the model; it is not in /no/such/model"),
     (["--questions", "before"], "--questions names 'before'; use inside,after"),
     (["--budgets", "2"], "has no room for"),
     (["--chunk", "0"], "--chunk is 0"),

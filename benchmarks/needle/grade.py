@@ -16,7 +16,7 @@ from .haystack import NeedleError
 Row = dict[str, object]
 
 # what earlier versions could not vary, and what their lines, which do not mention it, had
-_ADDED: dict[str, object] = {"dual_chunk": {}, "cache": "", "cache_args": {}, "question": "inside"}
+_ADDED: dict[str, object] = {"dual_chunk": {}, "cache": "", "cache_args": {}, "cache_file": "", "question": "inside"}
 
 
 def grade(answer: str, expected: Iterable[str]) -> float:

@@ -25,6 +25,10 @@ BUNDLED = Path(__file__).parent / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _content_id(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Method:
     """How the prompt is read and kept: one of ``sparse_attn.PATTERNS``; ``dense`` without more is the model as it was loaded.
@@ -53,7 +57,7 @@ class Method:
             name = load_profile(path).method
         except ValueError as error:
             raise NeedleError(f"--profile: {error}") from error
-        arguments = {"profile": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+        arguments = {"profile": path.name, "sha256": _content_id(path)}
         return cls(name, arguments, dual_chunk or {}, path)
 
     def row(self) -> Row:
@@ -61,6 +65,8 @@ class Method:
         row = {"prefill": self.name, "prefill_args": self.arguments}
         row |= {"dual_chunk": self.dual_chunk} if self.dual_chunk else {}
         row |= {"cache": self.cache, "cache_args": self.cache_args} if self.cache else {}
+        read = [self.cache_args[name] for name in ("path", "profile") if name in self.cache_args]
+        row |= {"cache_file": _content_id(Path(read[0]))} if read else {}
         return row | ({"question": self.question} if self.cache or self.question != "inside" else {})
 
     def check(self) -> None:
