@@ -25,6 +25,7 @@ from kvcache.config import METHODS  # noqa: E402
 from kvcache.policies.streaming import Streaming  # noqa: E402
 from sparse_attn import ContractError  # noqa: E402
 from sparse_attn.errors import warn_once  # noqa: E402
+from sparse_attn.kept import Queries  # noqa: E402
 
 PROMPT, ASKED, PADS = 72, 5, (0, 19, 33)
 
@@ -60,14 +61,41 @@ def prefilled(model, name: str = "snapkv", budget=40, rows: int = 3, **settings)
     return cache, ids, mask
 
 
+def held(cache) -> list[tuple]:
+    return [(r.tokens, r.fewest, r.most, r.seen) for r in cache.report().layers]
+
+
+def one_token(model, cache, mask) -> tuple[torch.Tensor, list[tuple]]:
+    """Logits behind one more token, and what the cache then holds."""
+    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    at = mask.sum(1, keepdim=True) - 1
+    return model(tokens(len(mask), 1), attention_mask=mask, position_ids=at, past_key_values=cache).logits, held(cache)
+
+
+def assert_alike(mine: dict, theirs: dict) -> None:
+    """Attributes of two layers, but for the rows and who counts them."""
+    assert mine.keys() == theirs.keys()
+    for name in mine.keys() - {"store", "_meter", "_turn"}:
+        a, b = mine[name], theirs[name]
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b), name
+        elif isinstance(a, Queries):
+            assert_alike(vars(a), vars(b))
+        else:
+            assert a == b, name
+
+
 def assert_goes_on_alike(model, cache, ids, mask, folder) -> None:
-    """Bit for bit, twice, and the folder still is what it was."""
+    """Bit for bit, twice, with a token or a question, and the folder still is what it was."""
     cache.save(folder, token_ids=ids)
     stayed = cache.fork()
-    rows = [(r.tokens, r.fewest, r.most, r.seen) for r in stayed.report().layers]
     for _ in range(2):
         loaded = kvcache.load(folder, model, token_ids=ids)
-        assert [(r.tokens, r.fewest, r.most, r.seen) for r in loaded.report().layers] == rows
+        assert held(loaded) == held(stayed)
+        for mine, theirs in zip(loaded.layers, stayed.layers):
+            assert_alike(vars(getattr(mine, "core", mine)), vars(getattr(theirs, "core", theirs)))
+        a, b = (one_token(model, one.fork(), mask) for one in (loaded, stayed))
+        assert torch.equal(a[0], b[0]) and a[1] == b[1]
         assert loaded.report().n_bytes <= stayed.report().n_bytes and loaded.get_seq_length() == stayed.get_seq_length()
         for question in (0, 1):
             twin = loaded.fork() if question == 0 else loaded
