@@ -57,6 +57,7 @@ class CacheLayer:
         self._waiting = False  # evict="prompt" and the prompt may go on
         self._floor = 0  # columns that the last eviction had seen; what it took cannot come back
         self._appended = 0
+        self._before: tuple[int, Tensor | None] = (0, None)
 
     # -- what attention reads (sparse_attn.kept.KeptKV) -----------------------------------------------------------------------
 
@@ -96,7 +97,14 @@ class CacheLayer:
                 self.store.shrink()
             self._tail = None
         self.store.append(k, v, self._headroom(n))
+        self._before = self._appended, self._n_new
         self._appended, self._n_new = n, None
+
+    def withdraw(self) -> None:
+        """Forget the tokens that were appended and never admitted, as if they had not come."""
+        self._appended, self._n_new = self._before
+        if not self.n_columns:
+            self.reset()
 
     def settle(self, n: int) -> None:
         """Do what waits for the first generated token, if ``n`` says that this is what comes next."""

@@ -58,14 +58,15 @@ class KVPolicyLayer(DynamicLayer):
         watched = self._cache.require_served(self.core, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        core, n = self.core, key_states.shape[2]
-        core.append(key_states, value_states)
+        core = self.core
         if watched:
+            core.append(key_states, value_states)
             # attention reads the runs themselves; the tensors only have to be there
             leave(core, key_states)
             return key_states, value_states
-        first, last = self._cache.real_of(core.n_columns, n)
-        core.admit(first, last)
+        bounds = self._cache.real_of(core.n_columns, key_states.shape[2], key_states.shape[0])
+        core.append(key_states, value_states)
+        core.admit(*bounds)
         shown = core.store.rectangle()
         core.observe(None, in_place=False)
         return shown
@@ -167,10 +168,12 @@ class KVCache(Cache):
                 f"{self._model_config._attn_implementation!r}") + " says where; give attention_mask= to the cache, all ones if nothing is")
         return False
 
-    def real_of(self, start: int, n: int) -> tuple[Tensor | None, Tensor | None]:
+    def real_of(self, start: int, n: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """Bounds of the real tokens among columns ``start`` to ``start + n``, by the mask that the cache was given."""
         if self._mask is None or start >= self._mask.shape[1]:
             return None, None
+        require(len(self._mask) == batch, f"the cache's attention_mask has {len(self._mask)} rows but {batch} sequences came; beams and "
+                "returned sequences are rows of their own, so repeat_interleave it")
         piece = self._mask[:, start : start + n]
         piece = torch.nn.functional.pad(piece, (0, n - piece.shape[1]), value=1)
         layout = layout_of(piece, n, n)

@@ -442,6 +442,24 @@ def test_who_needs_queries_says_so_under_an_attention_that_does_not_show_them():
             kvcache.prefill(model, ids, cache, 0)
 
 
+def test_a_refused_forward_leaves_the_cache_as_it_was():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    hole = mask.clone()
+    hole[0, 40] = 0
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 40)
+        with pytest.raises(ContractError, match="are not one run"):
+            model(ids, attention_mask=hole, past_key_values=cache)
+        with torch.enable_grad(), pytest.raises(ContractError, match="requires grad"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert_close(generate(model, cache, ids, mask)[1], generate(model, cache_of(model, "snapkv", 40), ids, mask)[1])
+    cache = cache_of(model, "streaming", 40, attention_mask=mask)
+    with pytest.raises(ContractError, match="3 rows but 6 sequences came"):
+        generate(model, cache, ids, mask, num_beams=2)
+    assert cache.get_seq_length() == 0 and cache.report().n_bytes == 0
+
+
 def test_a_forward_that_failed_half_way_is_noticed():
     model, (ids, _) = tiny("Llama"), prompt(1)
     with sparse_attn.patch(model, prefill="dense"):

@@ -61,6 +61,9 @@ class KeptKV(Protocol):
     def admit(self, first: Tensor | None, last: Tensor | None) -> None:
         """Say which of the appended tokens (int32 ``[B]`` bounds, None for all) are real; the others are dropped."""
 
+    def withdraw(self) -> None:
+        """Attention refused: forget the appended tokens."""
+
     def table(self) -> tuple[Tensor, Tensor]:
         """int64 ``[B, Hkv]`` starts and lengths of the runs."""
 
