@@ -66,7 +66,7 @@ def _compressing(side: str, model, method: str, budget: int, n: int) -> Iterator
     if side == "kvpress":
         from transformers import DynamicCache
 
-        with _press(method, 1 - (budget + 0.5) / n)(model) if method != "dense" else contextlib.nullcontext():
+        with _press(method, max(0.0, 1 - (budget + 0.5) / n))(model) if method != "dense" else contextlib.nullcontext():
             yield DynamicCache()
         return
     import kvcache
