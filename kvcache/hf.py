@@ -46,6 +46,10 @@ class KVPolicyLayer(DynamicLayer):
     def record_past(self) -> bool:
         return self.core.recording
 
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.core.recording = value
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
@@ -90,9 +94,12 @@ class KVPolicyLayer(DynamicLayer):
         """Take back the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            ContractError: if an eviction has seen them, or on a positive number.
+            ContractError: if an eviction has seen them, here or in a later layer, or some are padding; or on a positive number.
         """
         require(tokens_to_remove <= 0, f"crop({tokens_to_remove}) names a length; give minus the number of tokens to take back")
+        for core in self._cache.cores():
+            if core.layer >= self.core.layer:  # Cache.crop goes from layer to layer: the first one speaks for all
+                core.require_croppable(-tokens_to_remove)
         self.core.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
@@ -130,9 +137,14 @@ class KVCache(Cache):
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig, attention_mask: Tensor | None = None):
         whole = model.config if isinstance(model, PreTrainedModel) else model
+        require(hasattr(whole, "get_text_config"),
+                f"a cache is made for a transformers model or its config, got {type(model).__name__}")
         self.kept, self.meter = config, Meter()
         self._model_config = whole.get_text_config(decoder=True)
         self._mask = None if attention_mask is None else layout_mask(attention_mask)
+        self._padded, self._left = False, True  # has it padding, and only on the left?
+        if self._mask is not None:
+            self._padded, self._left = not bool(self._mask.all()), bool((self._mask.diff(dim=1) >= 0).all())
         turns = {}
         wanted_by = "roll=True" if config.roll else type(config.policy).__name__
         if config.roll or "turn" in config.policy.needs:
@@ -142,7 +154,9 @@ class KVCache(Cache):
         if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
             config.policy.require_model(model_id(model))
         layers = DynamicCache(config=self._model_config).layers
-        own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        # layers that read what another one stored want the whole of it
+        shared = getattr(self._model_config, "kv_sharing_modes", None) or [None] * len(layers)
+        own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and shared[i] is None]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")
         config.budget.require_model(len(layers), getattr(self._model_config, "num_key_value_heads", None))
         for i in own:
@@ -166,6 +180,10 @@ class KVCache(Cache):
         require(k.shape[0] == 1 or self._mask is not None,
                 f"a batch of {k.shape[0]} may be padded, and neither " + ("a cache of latents" if latent else f"attention "
                 f"{self._model_config._attn_implementation!r}") + " says where; give attention_mask= to the cache, all ones if nothing is")
+        alike = k.shape[0] == 1 or not self._padded or getattr(core.config.budget, "ratio", None) is None
+        why = "each row keeps a share of its own length" if self._left else "a row's padding is not all on the left"
+        require(self._left and alike, f"attention {self._model_config._attn_implementation!r} would read wrong keys: {why}; call "
+                "sparse_attn.patch(model, prefill='dense')")
         return False
 
     def real_of(self, start: int, n: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
@@ -198,11 +216,15 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forget the request; also the padding mask, which was that request's."""
         super().reset()
-        self._mask = None
+        self._mask, self._padded, self._left = None, False, True
 
     def report(self) -> CacheReport:
         """Kept tokens and bytes, measured and by formula."""
-        return CacheReport.of([self.layers[i].core for i in self._own], self.meter)
+        return CacheReport.of(self.cores(), self.meter)
+
+    def cores(self) -> list[CacheLayer]:
+        """The layers that evict."""
+        return [self.layers[i].core for i in self._own]
 
 
 def layout_mask(mask: Tensor) -> Tensor:
@@ -262,38 +284,41 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
     return out.logits[:, -1]
 
 
-def _named(name: str, policy: str, budget: int | float | None, doc: str) -> type[KVCache]:
+# tokens per KV head where nobody says
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova"), 2048)}
+
+
+def _named(name: str, policy: str, doc: str) -> type[KVCache]:
     class Named(KVCache):
         __doc__ = f"""{doc}
 
         Args:
             model: the model, or its config.
-            budget: tokens per KV head, or a share of the tokens seen so far if not above 1.0.
+            budget: tokens per KV head, {_USUAL[policy]} unless given, or a share of the tokens seen so far if not above 1.0.
             attention_mask, settings: as in ``make_cache``.
         """
 
-        def __init__(self, model, budget=budget, *, attention_mask=None, **settings):
+        def __init__(self, model, budget=_USUAL[policy], *, attention_mask=None, **settings):
             super().__init__(model, as_config(policy, budget, **settings), attention_mask)
 
     Named.__name__ = Named.__qualname__ = name
     return Named
 
 
-_USUAL = {"streaming": 1028, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova"), 2048)}
-
-StreamingLLMCache = _named("StreamingLLMCache", "streaming", 1028, "First and last tokens (StreamingLLM, arXiv:2309.17453).")
-H2OCache = _named("H2OCache", "heavy_hitter", 2048, "Heavy hitters and recent tokens (H2O, arXiv:2306.14048).")
-SnapKVCache = _named("SnapKVCache", "snapkv", 2048, "What the last tokens of the prompt attend to (SnapKV, arXiv:2404.14469).")
-PyramidKVCache = _named("PyramidKVCache", "pyramidkv", 2048, "SnapKV, more tokens in lower layers (PyramidKV, arXiv:2406.02069).")
-AdaKVCache = _named("AdaKVCache", "adakv", 2048, "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
-TOVACache = _named("TOVACache", "tova", 2048, "What the newest token attends to (TOVA, arXiv:2401.06104).")
+StreamingLLMCache = _named("StreamingLLMCache", "streaming", "First and last tokens (StreamingLLM, arXiv:2309.17453).")
+H2OCache = _named("H2OCache", "heavy_hitter", "Heavy hitters and recent tokens (H2O, arXiv:2306.14048).")
+SnapKVCache = _named("SnapKVCache", "snapkv", "What the last tokens of the prompt attend to (SnapKV, arXiv:2404.14469).")
+PyramidKVCache = _named("PyramidKVCache", "pyramidkv", "SnapKV, more tokens in lower layers (PyramidKV, arXiv:2406.02069).")
+AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
+TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
+LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:
     """What ``patch(model, kv_cache=spec)`` does to the cache of each forward: a fresh one of transformers' gets our layers.
 
     Args:
-        spec: a CacheConfig, a dict with ``name``, ``budget`` and settings, or a function of no arguments that makes a cache.
+        spec: a CacheConfig, a dict with ``name``, ``budget`` and settings, or the name of a method that has a usual budget.
     """
     if isinstance(spec, dict):
         require("name" in spec, f"kv_cache has no 'name' in {spec}; there are {', '.join(METHODS)}")

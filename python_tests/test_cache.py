@@ -402,6 +402,98 @@ def test_rolled_keys_stand_side_by_side():
     assert not torch.allclose(store.k[run], store.k_true[run])
 
 
+def test_layers_without_positions_are_not_rolled():
+    model, ids = tiny("SmolLM3"), tokens(1, 60)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = kvcache.make_cache(model, "streaming", 24, roll=True)
+        generate(model, cache, ids, torch.ones_like(ids))
+    rolled, plain = (layer.core.store for layer in cache.layers)
+    assert rolled.k_true is not None and plain.k_true is None
+
+
+def test_layers_that_others_read_from_keep_everything():
+    torch.manual_seed(0)
+    sizes = TINY | dict(num_hidden_layers=6, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=24,
+                        hidden_size_per_layer_input=16, vocab_size_per_layer_input=128, laurel_rank=8, altup_num_inputs=2,
+                        activation_sparsity_pattern=[0.0] * 6)
+    config = transformers.Gemma3nTextConfig(**sizes)
+    model, (ids, mask) = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval(), prompt(1)
+    expected = generate(model, None, ids, mask)[1]
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 400)
+        assert_close(generate(model, cache, ids, mask)[1], expected)
+    assert [type(layer).__name__ for layer in cache.layers[1::2]] == ["KVPolicyLayer", "DynamicLayer", "DummyLayer"]
+
+
+@pytest.mark.parametrize("name", ["heavy_hitter", "snapkv"])
+def test_assisted_decoding_keeps_the_budget_in_later_turns(name):
+    model, drafts = tiny("Llama"), dict(prompt_lookup_num_tokens=4)
+    ids, more = tokens(1, 12).repeat(1, 7), tokens(1, 200)
+    generated = {"heavy_hitter": 4, "snapkv": 16}[name]
+    with sparse_attn.patch(model, prefill="dense"):
+        for way in ({}, drafts):
+            cache = cache_of(model, name, 40)
+            first, _ = generate(model, cache, ids, torch.ones_like(ids), **drafts)
+            both = torch.cat([first, more], 1)
+            generate(model, cache, both, torch.ones_like(both), **way)
+            assert cache.report().tokens <= 40 + generated
+        assert cache.layers[0].record_past
+        cache.layers[0].record_past = False  # as transformers does where it is done with a cache
+
+
+def test_what_was_taken_back_does_not_vote():
+    model, (ids, _) = tiny("Llama"), prompt(3)
+    last = []
+    with sparse_attn.patch(model, prefill="dense"):
+        for taken_back in (ids[1:2, :6], ids[2:, :6]):
+            cache = cache_of(model, "snapkv", 40, evict="prompt")
+            kvcache.prefill(model, ids[:1], cache, 24)
+            kvcache.prefill(model, taken_back, cache, 24)
+            cache.crop(-6)
+            kvcache.prefill(model, ids[1:2, 40:45], cache, 24)
+            last.append(model(ids[:1, :1], past_key_values=cache).logits)
+    assert torch.equal(*last)
+
+
+def test_a_last_chunk_of_one_token_belongs_to_a_prompt_of_known_length():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    with sparse_attn.patch(model, prefill="dense"):
+        for name in ("snapkv", "heavy_hitter"):
+            whole = generate(model, cache_of(model, name, 40), ids, torch.ones_like(ids))[1]
+            cache = cache_of(model, name, 40, evict="prompt", prompt_length=PROMPT)
+            assert_close(generate(model, cache, ids, torch.ones_like(ids), prefill_chunk_size=PROMPT // 3)[1], whole)
+
+
+def test_a_small_share_keeps_what_is_protected():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 0.01, sinks=2)
+        kvcache.prefill(model, ids, cache, 24)
+    store = cache.layers[1].core.store
+    assert cache.report().tokens == 10 and sorted(store.positions[:10].tolist()) == [0, 1, *range(PROMPT - 8, PROMPT)]
+
+
+def test_a_crop_that_one_layer_refuses_changes_none():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", {"name": "table", "layers": (200, 40)})
+        kvcache.prefill(model, ids, cache, 24, mask)
+        for layers in (cache, cache.fork()):
+            with pytest.raises(ContractError, match="layer 1 last evicted 0 tokens ago"):
+                layers.crop(-3)
+            assert [layer.core.n_columns for layer in layers.layers] == [PROMPT, PROMPT]
+        cache = cache_of(model, "snapkv", 400)
+        kvcache.prefill(model, ids, cache, 24, mask)
+        with pytest.raises(ContractError, match="only the last 55 are real ones in every sequence"):
+            cache.crop(-56)
+        cache.crop(-55)
+        assert [layer.core.n_seen.tolist() for layer in cache.layers] == [[33, 14, 0]] * 2
+        short = cache_of(model, "snapkv", 400)
+        kvcache.prefill(model, ids[:, :33], short, 24, mask[:, :33])
+        found, expected = (kvcache.prefill(model, ids[:, 33:], some, 24, mask) for some in (cache, short))
+        assert_close(found, expected)
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +509,8 @@ def test_rolled_keys_stand_side_by_side():
     (dict(policy="snapkv", budget=256, window=8, recent=4), "less than the policy's window"),
     (dict(policy="snapkv", budget=256, evict="never"), "evict='never' is not known"),
     (dict(policy="snapkv", budget=256, prompt_length=90), "only with evict='prompt'"),
+    (dict(policy="snapkv", budget=256, evict="prompt", prompt_length=True), "prompt_length=True must be"),
+    (dict(policy="streaming", budget=256, roll="yes"), "roll='yes' must be"),
     (dict(policy="snapkv", budget={"name": "table", "layers": (64, 64, 64)}, window=8), "3 layers but the model has 2"),
 ])
 def test_bad_settings_are_told_in_a_sentence(arguments, sentence):
@@ -442,6 +536,17 @@ def test_who_needs_queries_says_so_under_an_attention_that_does_not_show_them():
             kvcache.prefill(model, ids, cache, 0)
 
 
+def test_an_attention_that_reads_by_the_mask_is_refused_where_the_mask_says_something_else():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    model.set_attn_implementation("sdpa")
+    for wrong, budget, why in ((mask.flip(1), 400, "not all on the left"), (mask, 0.5, "a share of its own length")):
+        cache = cache_of(model, "streaming", budget, attention_mask=wrong)
+        with pytest.raises(ContractError, match=why):
+            model(ids, attention_mask=wrong, past_key_values=cache)
+        assert cache.report().n_bytes == 0
+    generate(model, cache_of(model, "streaming", 0.5), ids[:1], mask[:1])
+
+
 def test_a_refused_forward_leaves_the_cache_as_it_was():
     model, (ids, mask) = tiny("Llama"), prompt()
     hole = mask.clone()
@@ -465,6 +570,7 @@ def test_a_forward_that_failed_half_way_is_noticed():
     with sparse_attn.patch(model, prefill="dense"):
         cache = cache_of(model, "snapkv", 40)
         cache.layers[0].update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+        model(ids, use_cache=False)  # nothing to do with it
         with pytest.raises(ContractError, match="never looked at the last tokens"):
             model(ids, past_key_values=cache)
         cache.reset()
@@ -475,6 +581,13 @@ def test_kv_cache_without_the_other_package_says_which_import_is_missing():
     code = "import sparse_attn.handle as h; h.cache_installer(None, 'snapkv')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert "import kvcache first" in done.stderr
+
+
+def test_what_is_no_policy_no_budget_or_no_model_is_told_in_a_sentence():
+    with pytest.raises(ContractError, match="takes a policy and a budget, got 'snapkv' and 256"):
+        CacheConfig("snapkv", 256)
+    with pytest.raises(ContractError, match="made for a transformers model or its config, got str"):
+        kvcache.make_cache("meta/llama", "snapkv", 256)
 
 
 def test_a_config_equals_its_json():

@@ -409,7 +409,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
             prefill and decoding, dense or sparse; a ``DualChunk`` or a dict of its fields.
         profile: what ``python -m sparse_attn.calibrate`` wrote for this model, or the file it wrote; excludes ``prefill``.
         kv_cache: what every fresh cache of this model becomes: a ``kvcache.CacheConfig``, or a dict such as
-            ``{"name": "snapkv", "budget": 2048}``; None leaves caches alone. Needs ``import kvcache``.
+            ``{"name": "snapkv", "budget": 2048}``; None leaves caches alone. Needs ``import kvcache``. Assisted decoding wants a
+            cache of its own, ``past_key_values=kvcache.make_cache(...)``: a fresh one is not told that it will be cropped.
 
     Raises:
         ContractError: on a model that cannot be driven or is patched already, on bad arguments, or on the profile of another model;
