@@ -9,8 +9,8 @@ from .config import METHODS, CacheConfig
 from .policies import POLICIES
 
 # these import transformers, which takes seconds
-_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "PyramidKVCache", "SnapKVCache", "StreamingLLMCache", "TOVACache", "load",
-         "make_cache", "prefill")
+_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LocretCache", "PyramidKVCache", "SnapKVCache", "StreamingLLMCache", "TOVACache",
+         "load", "make_cache", "prefill")
 
 __all__ = ["BUDGETS", "METHODS", "POLICIES", "CacheConfig", *_LAZY]
 

@@ -26,12 +26,14 @@ class CacheConfig:
     Attributes:
         policy: ranks tokens.
         budget: how many stay.
-        sinks: first tokens of a sequence that always stay; None for what the policy is used to.
-        recent: last tokens that always stay; None for what the policy is used to.
+        sinks: first tokens of a sequence that always stay, whatever a share of its tokens comes to; None for what the policy is
+            used to.
+        recent: last tokens that always stay, likewise; None for what the policy is used to.
         grace: like ``recent``, while tokens are generated one at a time: a new token cannot go before so many others came.
         evict: "chunk" after every forward over more than one token, so that no more than budget + chunk is ever held; "prompt"
             only once the prompt is complete, which costs its whole length and scores every token with the whole prompt known.
-        prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token.
+        prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token, or
+            could mistake a chunk of one token for it.
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
     """
 
@@ -45,6 +47,9 @@ class CacheConfig:
     roll: bool = False
 
     def __post_init__(self):
+        made = hasattr(self.policy, "rank") and isinstance(self.budget, Budget)
+        require(made, f"CacheConfig takes a policy and a budget, got {self.policy!r} and {self.budget!r}; names and numbers go to "
+                "make_cache")
         for name, usual in zip(("sinks", "recent"), getattr(self.budget, "protect", self.policy.protect)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
@@ -54,11 +59,18 @@ class CacheConfig:
                     f"{name}={tokens!r} must be a number of tokens, 0 or more")
         require(self.evict in ("chunk", "prompt"), f"evict={self.evict!r} is not known; use 'chunk' or 'prompt'")
         length = self.prompt_length
-        require(length is None or (isinstance(length, int) and length > 0), f"prompt_length={length!r} must be 1 or more tokens, or None")
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        require(length is None or (whole and length > 0), f"prompt_length={length!r} must be 1 or more tokens, or None")
         require(length is None or self.evict == "prompt", "prompt_length has a use only with evict='prompt'; leave it out")
         window = getattr(self.policy, "window", 0)
         require(self.recent >= window, f"recent={self.recent} is less than the policy's window={window}, whose tokens must stay; give {window}")
-        self.budget.require_room(self.sinks + max(self.recent, self.grace))
+        require(isinstance(self.roll, bool), f"roll={self.roll!r} must be True or False")
+        self.budget.require_room(self.protected)
+
+    @property
+    def protected(self) -> int:
+        """Tokens of a sequence that stay whatever the policy says."""
+        return self.sinks + max(self.recent, self.grace)
 
     def to_json(self) -> dict:
         """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""

@@ -187,9 +187,7 @@ class Store:
                 ops.move_rows(t, sources, targets)
             self.starts, self.lengths = self._bases.clone(), counts.clone()
             return
-        rows = {name: _taken(t, sources) for name, t in self._tensors().items()}
-        self._meter.add(-self.n_bytes)
-        self._hold(rows, counts.clone())
+        self._renew(sources, counts.clone())
 
     def replace(self, victims: Tensor, where: Tensor) -> None:
         """Overwrite the token at ``victims`` (int64 ``[B, Hkv]`` offsets) with the run's last one, which leaves its place.
@@ -213,9 +211,7 @@ class Store:
         """Make the sequences numbered ``sequences`` (int64 ``[B']``, repeats allowed) the batch."""
         sequences = sequences.cpu()
         lengths = self.lengths[sequences]
-        rows = self._packed(self.starts[sequences], lengths)
-        self._meter.add(-self.n_bytes)
-        self._hold(rows, lengths)
+        self._renew(self._rows_of(self.starts[sequences], lengths), lengths)
 
     def shrink(self) -> None:
         """Give back the room that no run uses, but for what the next few tokens need."""
@@ -233,7 +229,10 @@ class Store:
 
     def packed(self) -> dict[str, Tensor]:
         """``lengths``, and the rows of all runs one behind the other, in memory of their own; nothing before the first append."""
-        return {} if self.k is None else {"lengths": self.lengths.clone()} | self._packed(self.starts, self.lengths)
+        if self.k is None:
+            return {}
+        rows = self._rows_of(self.starts, self.lengths)
+        return {"lengths": self.lengths.clone()} | {name: _taken(t, rows) for name, t in self._tensors().items()}
 
     def fill(self, packed: dict[str, Tensor], n_seen: Tensor) -> None:
         """Hold what ``packed`` returned; the tensors are the store's own from now on.
@@ -261,7 +260,7 @@ class Store:
         require(bool(((at >= 0) & (at < bound)).all()) and bool((known.diff() > 0).all()),
                 "positions are not those of different tokens that the sequences have seen")
         self.clear()
-        self._hold(rows, lengths)
+        self._set(rows, lengths.flatten().cumsum(0).view_as(lengths) - lengths, lengths, lengths)
 
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
@@ -279,15 +278,10 @@ class Store:
         if self.k_true is not None:
             self.k_true[rows] = self.k[rows]
 
-    def _packed(self, starts: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """The rows of these runs, one run behind the other."""
-        taken = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.flatten().tolist(), lengths.flatten().tolist())])
-        return {name: _taken(t, taken.to(t.device)) for name, t in self._tensors().items()}
-
-    def _hold(self, rows: dict[str, Tensor], lengths: Tensor) -> None:
-        """Make these rows the store's: runs of ``lengths`` one behind the other."""
-        ends = lengths.flatten().cumsum(0).view_as(lengths)
-        self._set(rows, ends - lengths, lengths, lengths)
+    def _rows_of(self, starts: Tensor, lengths: Tensor) -> Tensor:
+        """int64: all rows of these runs, one run behind the other, where the rows are."""
+        runs = zip(starts.flatten().tolist(), lengths.flatten().tolist())
+        return torch.cat([torch.arange(s, s + n) for s, n in runs]).to(self.k.device)
 
     def _set(self, rows: dict[str, Tensor], starts: Tensor, lengths: Tensor, room: Tensor, bases: Tensor | None = None) -> None:
         for name, t in rows.items():
@@ -295,6 +289,12 @@ class Store:
         self.starts, self.lengths, self._room = starts, lengths, room
         self._bases = starts.clone() if bases is None else bases
         self._meter.add(self.n_bytes)
+
+    def _renew(self, sources: Tensor, lengths: Tensor) -> None:
+        """Move to new memory that holds the rows ``sources`` (run by run) and no room; both exist until it is done."""
+        old, ends = self.n_bytes, lengths.flatten().cumsum(0).view_as(lengths)
+        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, ends - lengths, lengths, lengths)
+        self._meter.add(-old)
 
     def _allocate(self, k: Tensor, v: Tensor, room: Tensor) -> None:
         n = int(room.sum())
@@ -334,7 +334,8 @@ class Store:
         """Move every run to the start of a segment of ``room`` rows, one tensor at a time so that little exists twice."""
         bases = room.flatten().cumsum(0).view_as(room) - room
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
-        for name, old in self._tensors().items():
+        for name in list(self._tensors()):
+            old = getattr(self, name)
             new = _empty(old, int(room.sum()))
             self._meter.add(new.numel() * new.element_size())
             for source, target, n in runs:

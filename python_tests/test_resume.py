@@ -73,9 +73,9 @@ def one_token(model, cache, mask) -> tuple[torch.Tensor, list[tuple]]:
 
 
 def assert_alike(mine: dict, theirs: dict) -> None:
-    """Attributes of two layers, but for the rows and who counts them."""
+    """Attributes of two layers, but for the rows, who counts them, and what is written before it is read."""
     assert mine.keys() == theirs.keys()
-    for name in mine.keys() - {"store", "_meter", "_turn"}:
+    for name in mine.keys() - {"store", "_meter", "_turn", "_before"}:
         a, b = mine[name], theirs[name]
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), name
@@ -390,9 +390,9 @@ def test_what_cannot_be_saved_says_so_and_writes_nothing(tmp_path):
 def test_a_forward_that_failed_half_way_is_not_saved(tmp_path):
     model = tiny("Llama")
     with sparse_attn.patch(model, prefill="dense"):
-        cache = cache_of(model, "snapkv", 40)
+        cache = prefilled(model)[0]
         for layer in cache.layers:
-            layer.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+            layer.update(torch.zeros(3, 2, 5, 16), torch.zeros(3, 2, 5, 16))
         with pytest.raises(ContractError, match="attention never looked"):
             cache.save(tmp_path / "kv")
     assert os.listdir(tmp_path) == []
