@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from sparse_attn.calibrate import digest
 from sparse_attn.errors import ContractError, require, warn_once
@@ -200,8 +200,9 @@ class KVPolicyLayer(DynamicLayer):
         self.core.unpack(facts, tensors)
 
 
-# layers that can be saved, and facts of those that are transformers' own, where they have them
-_SAVED = (KVPolicyLayer, DynamicLayer, DynamicSlidingWindowLayer)
+# layers that can be saved, by name because older transformers have no DummyLayer, which reads another's keys and holds none; and
+# facts of those that are transformers' own, where they have them
+_SAVED = ("KVPolicyLayer", "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 _OWN_FACTS = ("sliding_window", "cumulative_length", "record_past")
 
 
@@ -211,7 +212,7 @@ def _packed(layer: CacheLayerMixin) -> tuple[dict, dict[str, Tensor]]:
         facts, tensors = layer.packed()
     else:
         facts = {name: getattr(layer, name) for name in _OWN_FACTS if hasattr(layer, name)}
-        tensors = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+        tensors = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
     return {"kind": type(layer).__name__, **facts}, tensors
 
 
@@ -304,10 +305,10 @@ class KVCache(Cache):
         model = model or (self._model and self._model())
         require(model is not None, "the cache was made from a config, or its model is gone; give model=, so that load can compare")
         for i, layer in enumerate(self.layers):
-            require(type(layer) in _SAVED,
+            require(type(layer).__name__ in _SAVED,
                     f"layer {i} is a {type(layer).__name__}, and only full and sliding-window attention can be saved; keep this cache in "
                     "memory")
-        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized}
+        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized and hasattr(layer, "get_seq_length")}
         require(max(lengths, default=0) > 0, "the cache is empty; prefill it first")
         require(len(lengths) == 1,
                 f"the layers have seen {sorted(lengths)} tokens, because a forward failed half way; reset() the cache")

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_cache import SETTINGS, cache_of, generate  # noqa: E402
+from test_cache_life import sharing  # noqa: E402
 from test_locret import random_heads, written  # noqa: E402
 from test_save import flip  # noqa: E402
 from test_transformers import FAMILIES, tiny, tokens  # noqa: E402
@@ -127,6 +128,12 @@ def test_every_setting_goes_on_bit_for_bit(settings, tmp_path):
     model = tiny("Llama")
     with sparse_attn.patch(model, prefill="dense"):
         assert_goes_on_alike(model, *prefilled(model, **settings), tmp_path / "kv")
+
+
+def test_layers_that_share_what_one_stored_go_on_bit_for_bit(tmp_path):
+    model = sharing()
+    with sparse_attn.patch(model, prefill="dense"):
+        assert_goes_on_alike(model, *prefilled(model, rows=1), tmp_path / "kv")
 
 
 def test_latents_go_on_with_the_mask_that_the_cache_was_given(tmp_path):
