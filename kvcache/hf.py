@@ -190,8 +190,8 @@ class KVCache(Cache):
     Args:
         model: the model, or its config where no layer has to be rolled.
         config: what stays.
-        attention_mask: ``[B, >= N]`` padding mask of the prompt; needed only for padded batches under an attention implementation
-            that is not ours, which tells us itself.
+        attention_mask: ``[B, >= N]`` padding mask of the prompt, 0 on the left only; needed only for prompts that may be padded
+            under an attention implementation that is not ours, which tells us itself. A single prompt without it is not padded.
 
     Raises:
         ContractError: on a model without full-attention layers, or settings that do not fit it.
