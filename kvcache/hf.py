@@ -51,6 +51,8 @@ class _Together:
 
     def require_served(self, core: CacheLayer, k: Tensor) -> bool:
         """Whether our attention will read this layer; raises before anything changes where somebody has to and cannot."""
+        same = core is not self.cores[0] or all(other.n_columns == core.n_columns for other in self.cores)
+        require(same, "the last forward over this cache failed half way, and its layers have seen different texts; reset() it")
         latent = bool(getattr(self.config, "kv_lora_rank", None))
         if runs_ours(self.config) and not latent:
             return True

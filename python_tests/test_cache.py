@@ -486,6 +486,11 @@ def test_a_forward_that_failed_half_way_is_noticed():
             model(ids, past_key_values=cache)
         cache.reset()
         model(ids, past_key_values=cache)
+        with model.model.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+            model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ContractError, match="layers have seen different texts"):
+            model(ids[:, :1], past_key_values=cache)
+        assert [layer.core.n_columns for layer in cache.layers] == [PROMPT + 1, PROMPT]
 
 
 def test_kv_cache_without_the_other_package_says_which_import_is_missing():
