@@ -158,6 +158,7 @@ class KVPolicyLayer(DynamicLayer):
         Raises:
             ContractError: if an eviction has seen them, here or in a later layer, or some are padding; or on a positive number.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         require(tokens_to_remove <= 0, f"crop({tokens_to_remove}) names a length; give minus the number of tokens to take back")
         for core in self._together.cores:
             if core.layer >= self.core.layer:  # Cache.crop goes from layer to layer: the first one speaks for all
