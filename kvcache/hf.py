@@ -166,6 +166,7 @@ class KVPolicyLayer(DynamicLayer):
         Raises:
             ContractError: if an eviction has seen them, here or in a later layer, or some are padding; or on a positive number.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         require(tokens_to_remove <= 0, f"crop({tokens_to_remove}) names a length; give minus the number of tokens to take back")
         for core in self._together.cores:
             if core.layer >= self.core.layer:  # Cache.crop goes from layer to layer: the first one speaks for all
@@ -240,8 +241,8 @@ class KVCache(Cache):
     Args:
         model: the model, or its config where no layer has to be rolled.
         config: what stays.
-        attention_mask: ``[B, >= N]`` padding mask of the prompt; needed only for padded batches under an attention implementation
-            that is not ours, which tells us itself.
+        attention_mask: ``[B, >= N]`` padding mask of the prompt, 0 on the left only; needed only for prompts that may be padded
+            under an attention implementation that is not ours, which tells us itself. A single prompt without it is not padded.
 
     Raises:
         ContractError: on a model without full-attention layers, or settings that do not fit it.
