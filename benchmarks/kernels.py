@@ -316,6 +316,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "keep_top": (torch.ones(1), *run, torch.ones(1, 1, dtype=torch.int32), 1),
         "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
         "move_rows": (k[0, 0], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
+        "page_score": (q, k[0, 0], k[0, 0], *run),
         "paged_attention": (q, k[0, 0], v[0, 0], torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).int(), one.scale),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),

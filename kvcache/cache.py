@@ -1,7 +1,8 @@
-"""One layer of a cache that evicts: append, admit, observe. The only place where policy, budget and storage meet.
+"""One layer of a cache: append, admit, observe. The only place where policy, budget, reader and storage meet.
 
 A chunk of a prompt, a new turn, a drafted continuation and a single generated token all take the same way: their rows are
 appended, attention reads what was kept and them, the policy looks at what attention saw, and whatever exceeds the budget goes.
+Without a policy everything stays. With a reader a few queries read only the pages that it chooses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sparse_attn.errors import require
 from sparse_attn.kept import Queries
 
 from .config import CacheConfig
+from .digest import PageDigest
 from .store import Meter, Part, Store
 from .types import Seen
 
@@ -37,6 +39,8 @@ class CacheLayer:
         n_columns: tokens appended so far, padding included: the length that the model believes in.
         n_seen: int64 ``[B]``, real ones.
         recording: while set, nothing is evicted before ``crop``, so that a rejected draft can be taken back.
+        digest: what the reader knows of the pages; None for a layer that reads everything.
+        read: int32, rows of each page that the last few queries read; None before.
     """
 
     def __init__(self, config: CacheConfig, layer: int, n_layers: int, meter: Meter, turn: Turn | None = None):
@@ -48,7 +52,11 @@ class CacheLayer:
         """Forget the request: tokens, scores, counts and memory."""
         if hasattr(self, "store"):
             self.store.clear()
+            self._follow(moved=True)
         self.store = Store(self._meter)
+        reader = self.config.decode
+        self.digest = PageDigest(self._meter, reader.page) if reader is not None and not reader.reads_all(self.layer) else None
+        self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording = 0, None, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
         self._held = False  # recording: the policy has not looked at the last tokens
@@ -75,6 +83,28 @@ class CacheLayer:
     def parts(self) -> list[Part]:
         """All runs, as few views."""
         return list(self.store.parts())
+
+    def pages(self, q: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last."""
+        starts, lengths = self.store.table()
+        chosen = None if self.digest is None else self.config.decode.choose(q, lengths, self.digest, first, last)
+        if chosen is None:
+            starts, self.read = starts[..., None], lengths[..., None].int()
+        else:
+            page = self.config.decode.page
+            offsets = chosen.long() * page
+            self.read = (lengths[..., None] - offsets).clamp(max=page).masked_fill(chosen < 0, 0).int()
+            starts = starts[..., None] + offsets
+        return starts, self.read
+
+    def _follow(self, moved: bool = False) -> None:
+        """Let the digest see what the store holds now; ``moved``: not only the last rows are others."""
+        if self.digest is None:
+            return
+        if moved:
+            self.digest.clear()
+        if self.store.k is not None:
+            self.digest.update(self.store.k, self.store.starts, self.store.lengths)
 
     # -- the way of a chunk ---------------------------------------------------------------------------------------------------
 
@@ -105,7 +135,7 @@ class CacheLayer:
 
     def _headroom(self, n: int) -> int:
         """Rows per run to have ready besides the ``n`` that come: those of the budget, as far as more chunks like this would fill."""
-        if n == 1 or self.config.evict != "chunk":
+        if n == 1 or self.config.policy is None or self.config.evict != "chunk":
             return 0
         budget = int(self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen + n).max())
         return budget if n <= budget <= 8 * n else min(n, budget)
@@ -115,6 +145,7 @@ class CacheLayer:
         self._n_new = self.store.admit(self._appended, first, last, self.n_seen)
         self.n_seen = self.n_seen + self._n_new
         self.n_columns += self._appended
+        self._follow()
 
     def observe(self, queries: Queries | None, in_place: bool = True) -> None:
         """Attention has read the layer: let the policy look, then evict what exceeds the budget.
@@ -123,6 +154,8 @@ class CacheLayer:
             queries: None where the policy does not need them.
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
+        if self.config.policy is None:
+            return
         drafted = self.recording and self.n_columns > self._appended  # assisted decoding records from the prompt on
         if (self._appended == 1 or drafted) and not self.config.policy.decoding:
             return
@@ -201,6 +234,7 @@ class CacheLayer:
         self._floor = self.n_columns
         if self.config.roll:
             self._roll()
+        self._follow(moved=True)
 
     def _protected(self, rank: Tensor, seen: Seen) -> Tensor:
         recent = max(self.config.recent, self.config.grace if self._appended == 1 else 0)
@@ -250,6 +284,7 @@ class CacheLayer:
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
+            self._follow()
         if self._held:
             self._accept(n)
 
@@ -272,6 +307,7 @@ class CacheLayer:
         if self.store.k is None:
             return
         self.store.select(sequences)
+        self._follow(moved=True)
         on_host = sequences.cpu()
         self.n_seen = self.n_seen[on_host]
         self._n_new = None if self._n_new is None else self._n_new[on_host]
@@ -281,8 +317,9 @@ class CacheLayer:
         """The same layer in memory of its own."""
         twin = CacheLayer(self.config, self.layer, self.n_layers, meter, self._turn)
         store = self.store.copy(meter)
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store")})
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store", "digest")})
         twin.store = store
+        twin._follow()
         return twin
 
 

@@ -115,7 +115,8 @@ class KVPolicyLayer(DynamicLayer):
 
 
 class KVCache(Cache):
-    """A transformers cache whose full-attention layers keep no more than a budget; other layers keep transformers' own classes.
+    """A transformers cache whose full-attention layers keep no more than a budget, or read no more than one of all they keep; other
+    layers keep transformers' own classes.
 
     Args:
         model: the model, or its config where no layer has to be rolled.
@@ -134,7 +135,7 @@ class KVCache(Cache):
         self._mask = None if attention_mask is None else layout_mask(attention_mask)
         turns = {}
         wanted_by = "roll=True" if config.roll else type(config.policy).__name__
-        if config.roll or "turn" in config.policy.needs:
+        if config.roll or "turn" in getattr(config.policy, "needs", ()):
             require(isinstance(model, PreTrainedModel),
                     f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
             turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
@@ -143,7 +144,8 @@ class KVCache(Cache):
         layers = DynamicCache(config=self._model_config).layers
         own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")
-        config.budget.require_model(len(layers), getattr(self._model_config, "num_key_value_heads", None))
+        if config.budget is not None:
+            config.budget.require_model(len(layers), getattr(self._model_config, "num_key_value_heads", None))
         for i in own:
             layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turns.get(i)), self)
         self._own = own
@@ -155,6 +157,9 @@ class KVCache(Cache):
         ours = runs_ours(self._model_config)
         if ours and not latent:
             return True
+        reader = core.config.decode
+        require(reader is None, f"{type(reader).__name__} reads pages of keys, " + ("but this model caches latents; leave decode= out" if latent else
+                f"which attention {self._model_config._attn_implementation!r} cannot; call sparse_attn.patch(model, prefill='dense')"))
         policy = type(core.config.policy).__name__
         require(not core.config.policy.needs, f"{policy} ranks tokens by queries, and " + (
             "this model caches latents that have none; use streaming, knorm, keydiff or random" if latent else
@@ -208,16 +213,18 @@ def layout_mask(mask: Tensor) -> Tensor:
     return (mask != 0).long()
 
 
-def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig = "snapkv",
+def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig | None = None,
                budget: Budget | int | float | dict | None = None, *, attention_mask: Tensor | None = None, **settings) -> KVCache:
-    """A cache for ``model`` that keeps what ``policy`` ranks highest, within ``budget``.
+    """A cache for ``model`` that keeps what ``policy`` ranks highest, within ``budget``; or keeps everything and reads little of it.
 
     Args:
         model: a transformers model, patched or not.
-        policy: a method's name (``kvcache.METHODS``), a policy, its JSON form, or a whole CacheConfig.
-        budget: tokens per KV head; a share of the tokens seen so far if not above 1.0; a budget; or its JSON form.
+        policy: a method's name (``kvcache.METHODS``), a policy, its JSON form, or a whole CacheConfig. None is snapkv, or with
+            ``decode=`` everything.
+        budget: tokens per KV head; a share of the tokens seen so far if not above 1.0; a budget; or its JSON form. Where everything
+            is kept, the tokens per KV head that a generated token reads.
         attention_mask: see KVCache.
-        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll), of the policy and of its budget.
+        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll, decode), of the policy and of its budget.
 
     Raises:
         ContractError: on unknown names or arguments, or sizes that contradict each other.
@@ -228,10 +235,14 @@ def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheC
         with sparse_attn.patch(model, prefill="xattention"):
             model.generate(**inputs, past_key_values=cache, prefill_chunk_size=2048)
         print(cache.report())
+        cache = kvcache.make_cache(model, decode="quest", budget=2048)  # keeps everything
+        cache = kvcache.make_cache(model, "snapkv", 16384, decode={"name": "quest", "budget": 1024})  # evicts, then reads little
     """
     if isinstance(policy, CacheConfig):
         require(budget is None and not settings, "a CacheConfig says everything; leave budget and the other settings out")
         return KVCache(model, policy, attention_mask)
+    if policy is None and settings.get("decode") is None:
+        policy = "snapkv"
     return KVCache(model, as_config(policy, budget, **settings), attention_mask)
 
 
@@ -265,7 +276,7 @@ def _named(name: str, policy: str, budget: int | float | None, doc: str) -> type
 
         Args:
             model: the model, or its config.
-            budget: tokens per KV head, or a share of the tokens seen so far if not above 1.0.
+            budget: as in ``make_cache``.
             attention_mask, settings: as in ``make_cache``.
         """
 
@@ -284,6 +295,7 @@ SnapKVCache = _named("SnapKVCache", "snapkv", 2048, "What the last tokens of the
 PyramidKVCache = _named("PyramidKVCache", "pyramidkv", 2048, "SnapKV, more tokens in lower layers (PyramidKV, arXiv:2406.02069).")
 AdaKVCache = _named("AdaKVCache", "adakv", 2048, "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
 TOVACache = _named("TOVACache", "tova", 2048, "What the newest token attends to (TOVA, arXiv:2401.06104).")
+QuestCache = _named("QuestCache", "quest", 2048, "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:
