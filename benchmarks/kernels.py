@@ -358,6 +358,7 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "strided_score": _strided_calls,
     "pooled_score": _pooled_calls,
     "paged_attention": decode.paged_calls,
+    "page_score": decode.quest_calls,
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,

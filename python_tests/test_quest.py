@@ -128,9 +128,9 @@ def test_all_pages_are_dense_attention(n_q, dtype):
 @pytest.mark.parametrize("n_q", [1, 5])
 def test_a_planted_page_is_found_at_a_small_budget(reduce, n_q):
     k, v = torch.randn(1, 2, 2000, 64) * 0.3, torch.zeros(1, 2, 2000, 64)
-    q = torch.randn(1, 8, n_q, 64) * 0.1
+    q = (0.1 * torch.randn(1, 2, 1, 64)).repeat_interleave(4, 1) + 0.02 * torch.randn(1, 8, n_q, 64)
     for h, at in enumerate((777, 1404)):
-        k[0, h, at] = q[0, 4 * h : 4 * h + 4].mean((0, 1)) * 200 * n_q
+        k[0, h, at] = q[0, 4 * h : 4 * h + 4].mean((0, 1)) * 50
         v[0, h, at] = 1.0
     core = layer_of(Quest(64, reduce=reduce), k, v, n_q)
     starts, counts = core.pages(q)
