@@ -144,6 +144,10 @@ class KVCache(Cache):
         layers = DynamicCache(config=self._model_config).layers
         own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")
+        reader = config.decode
+        require(reader is None or not all(map(reader.reads_all, own)),
+                f"{type(reader).__name__} would read everything: of this model only layers {', '.join(map(str, own))} attend to the whole text; "
+                "leave one of them out of its dense_layers")
         if config.budget is not None:
             config.budget.require_model(len(layers), getattr(self._model_config, "num_key_value_heads", None))
         for i in own:
