@@ -66,7 +66,8 @@ def _compressing(side: str, model, method: str, budget: int, n: int) -> Iterator
     if side == "kvpress":
         from transformers import DynamicCache
 
-        with _press(method, 1 - (budget + 0.5) / n)(model) if method != "dense" else contextlib.nullcontext():
+        ratio = max(0.0, 1 - (budget + 0.5) / n)
+        with _press(method, ratio)(model) if method != "dense" else contextlib.nullcontext():
             yield DynamicCache()
         return
     import kvcache

@@ -33,12 +33,13 @@ class CacheLayer:
         config: what stays.
         layer, n_layers: which of the model's attention layers this is.
         meter: counts the bytes of all layers of the cache.
-        turn: how the layer's keys are rotated; needed for ``config.roll`` and for policies that need "turn".
+        turn: how the layer's keys are rotated, for ``config.roll`` and for policies that need "turn"; None where they are not.
 
     Attributes:
         n_columns: tokens appended so far, padding included: the length that the model believes in.
         n_seen: int64 ``[B]``, real ones.
-        recording: while set, nothing is evicted before ``crop``, so that a rejected draft can be taken back.
+        recording: while set, eviction waits for ``crop``, so that a rejected draft can be taken back; a forward that nobody crops
+            before the next one was no draft, and ends it.
         digest: what the reader knows of the pages; None for a layer that reads everything.
         read: int32, rows of each page that the last few queries read; None before.
     """
@@ -59,12 +60,15 @@ class CacheLayer:
         self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording = 0, None, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
-        self._held = False  # recording: the policy has not looked at the last tokens
+        self._opening = False  # recording: the next forward brings a prompt, its first draft behind it
+        self._held = self._drafted = False  # recording: the policy has not looked at the last tokens, which are a draft
         self._pending: Queries | None = None  # what it will look at
         self._tail: Queries | None = None  # the last queries of the prompt so far, for policies that look at a window
         self._waiting = False  # evict="prompt" and the prompt may go on
         self._floor = 0  # columns that the last eviction had seen; what it took cannot come back
+        self._solid = 0  # column from which on no sequence has padding
         self._appended = 0
+        self._before: tuple[int, Tensor | None] = (0, None)
 
     # -- what attention reads (sparse_attn.kept.KeptKV) -----------------------------------------------------------------------
 
@@ -116,21 +120,28 @@ class CacheLayer:
         require(self._n_new is not None or not self._appended,
                 "attention never looked at the last tokens of this cache (the forward failed, or another attention implementation ran "
                 "it); reset() the cache and see that the model runs with sparse_attn's attention")
-        if self._held:
-            self._flush()
         self.settle(n)
         if self.n_seen is None:
             self.n_seen = torch.zeros(batch, dtype=torch.int64)
-        if n == 1:
-            if self._appended > 1:
-                self.store.shrink()
-            self._tail = None
+        if n == 1 and self._appended > 1:
+            self.store.shrink()
         self.store.append(k, v, self._headroom(n))
+        self._before = self._appended, self._n_new
         self._appended, self._n_new = n, None
 
+    def withdraw(self) -> None:
+        """Forget the tokens that were appended and never admitted, as if they had not come."""
+        self._appended, self._n_new = self._before
+        if not self.n_columns:
+            self.reset()
+
     def settle(self, n: int) -> None:
-        """Do what waits for the first generated token, if ``n`` says that this is what comes next."""
-        if n == 1 and self._waiting:
+        """Do what waits for the next forward, over ``n`` tokens: one token is taken for the first generated one."""
+        if self._held:
+            self.recording = False
+            self._flush()
+            self._evict_in_time()
+        if n == 1 and self._waiting and self.config.prompt_length is None:
             self._evict(self._seen(None))
 
     def _headroom(self, n: int) -> int:
@@ -143,6 +154,8 @@ class CacheLayer:
     def admit(self, first: Tensor | None = None, last: Tensor | None = None) -> None:
         """Say which of the appended tokens are real: int32 ``[B]`` bounds, None for all."""
         self._n_new = self.store.admit(self._appended, first, last, self.n_seen)
+        if first is not None or last is not None:
+            self._solid = self.n_columns + (self._appended if last is not None else int(first.max()))
         self.n_seen = self.n_seen + self._n_new
         self.n_columns += self._appended
         self._follow()
@@ -154,23 +167,29 @@ class CacheLayer:
             queries: None where the policy does not need them.
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
+        self._drafted, self._opening = self.recording and not self._opening, False
         if self.config.policy is None:
             return
-        drafted = self.recording and self.n_columns > self._appended  # assisted decoding records from the prompt on
-        if (self._appended == 1 or drafted) and not self.config.policy.decoding:
+        if self._generated() and not self.config.policy.decoding:
+            self._tail = None
             return
         if self.recording:
             self._held, self._pending = True, queries
             return
         self._look(queries)
-        if self.config.evict == "chunk" or self._appended == 1 or self._complete():
+        self._evict_in_time(in_place)
+
+    def _generated(self) -> bool:
+        """Was the last forward over one generated token?"""
+        return self._appended == 1 and self.n_columns > (self.config.prompt_length or 0)
+
+    def _evict_in_time(self, in_place: bool = True) -> None:
+        """Evict now, or once the prompt is complete."""
+        known = self.config.prompt_length
+        if self.config.evict == "chunk" or self._generated() or known is not None and self.n_columns >= known:
             self._evict(self._seen(None), in_place)
         else:
             self._waiting = True
-
-    def _complete(self) -> bool:
-        known = self.config.prompt_length
-        return known is not None and self.n_columns >= known
 
     def _look(self, queries: Queries | None) -> None:
         queries = self._joined(queries)
@@ -213,6 +232,7 @@ class CacheLayer:
         self._waiting = False
         lengths = self.store.lengths
         tokens = self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen)
+        tokens = tokens.clamp(min=self.config.protected)  # a share of few tokens is less
         if bool((lengths.sum(1) <= tokens * lengths.shape[1]).all()):
             return
         rank = self._protected(self.config.policy.rank(seen, self.store.state), seen)
@@ -232,7 +252,7 @@ class CacheLayer:
             if self._appended > int(kept.max()):
                 self.store.shrink()  # room for another chunk like this would be most of what the layer holds
         self._floor = self.n_columns
-        if self.config.roll:
+        if self.config.roll and self._turn is not None:
             self._roll()
         self._follow(moved=True)
 
@@ -262,41 +282,61 @@ class CacheLayer:
     # -- taking back ----------------------------------------------------------------------------------------------------------
 
     def record(self) -> None:
-        """Evict no more until ``crop``."""
-        self.recording = True
+        """A prompt comes, or the rest of one, and then drafts, each of which is cropped."""
+        self.recording = self._opening = True
 
     def _flush(self) -> None:
         self._held, queries, self._pending = False, self._pending, None
         self._look(queries)
 
+    def require_croppable(self, n: int) -> None:
+        """Raise ContractError where ``crop(n)`` would."""
+        if self.store.k is None:
+            return
+        floor, solid = self.n_columns - self._floor, self.n_columns - self._solid
+        remedy = "fork() the cache before the tokens that may be taken back"
+        require(0 <= n <= self.n_columns, f"crop takes back {n} tokens but the cache has seen {self.n_columns}")
+        require(n <= floor, f"crop takes back {n} tokens, but layer {self.layer} last evicted {floor} tokens ago and what it "
+                f"dropped cannot come back; {remedy}")
+        require(n <= solid, f"crop takes back {n} tokens, but only the last {solid} are real ones in every sequence, the one "
+                f"before is padding in some; {remedy}")
+
     def crop(self, n: int) -> None:
         """Take back the last ``n`` tokens of every sequence; while recording, also accept what is left and evict.
 
+        What their queries added to the scores of older tokens stays.
+
         Raises:
-            ContractError: if an eviction has seen some of them: what it took cannot come back.
+            ContractError: if an eviction has seen some of them: what it took cannot come back; or if some are padding.
         """
+        self.require_croppable(n)
         if self.store.k is None:
             return
-        require(0 <= n <= self.n_columns, f"crop takes back {n} tokens but the cache has seen {self.n_columns}")
-        require(self.n_columns - n >= self._floor,
-                f"crop takes back {n} tokens, but layer {self.layer} last evicted {self.n_columns - self._floor} tokens ago and what it "
-                "dropped cannot come back; fork() the cache before the tokens that may be taken back")
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
             self._follow()
+            self._forget_queries(n - self._appended if self._held else n)
         if self._held:
             self._accept(n)
+
+    def _forget_queries(self, n: int) -> None:
+        """The last ``n`` of those that the policy's window may still need."""
+        if self._tail is None or n <= 0:
+            return
+        tail, left = self._tail, self._tail.q.shape[2] - n
+        first = None if tail.first is None else tail.first.clamp(max=left)
+        self._tail = replace(tail, q=tail.q[:, :, :left], lse=tail.lse[:, :, :left], first=first) if left > 0 else None
 
     def _accept(self, n: int) -> None:
         """Show the policy what is left of the last forward when its last ``n`` queries were taken back, then evict."""
         left = self._appended - n
-        if left <= 0:
-            self._held, self._pending = False, None
+        if left <= 0 or self._drafted and not self.config.policy.decoding:
+            self._held, self._pending, self._tail = False, None, None
             return
         if self._pending is not None:
             self._pending = replace(self._pending, q=self._pending.q[:, :, :left], lse=self._pending.lse[:, :, :left])
-        self._n_new = torch.full_like(self.n_seen, left)
+        self._n_new = self._n_new - n
         self._flush()
         self._evict(self._seen(None))
 

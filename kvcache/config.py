@@ -29,12 +29,14 @@ class CacheConfig:
     Attributes:
         policy: ranks tokens; None keeps everything.
         budget: how many stay; None without a policy.
-        sinks: first tokens of a sequence that always stay; None for what the policy is used to.
-        recent: last tokens that always stay; None for what the policy is used to.
+        sinks: first tokens of a sequence that always stay, whatever a share of its tokens comes to; None for what the policy is
+            used to.
+        recent: last tokens that always stay, likewise; None for what the policy is used to.
         grace: like ``recent``, while tokens are generated one at a time: a new token cannot go before so many others came.
         evict: "chunk" after every forward over more than one token, so that no more than budget + chunk is ever held; "prompt"
             only once the prompt is complete, which costs its whole length and scores every token with the whole prompt known.
-        prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token.
+        prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token, or
+            could mistake a chunk of one token for it.
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
         decode: which pages of what is kept a few queries read, generated tokens and drafts; None for all.
     """
@@ -50,8 +52,12 @@ class CacheConfig:
     decode: PageReader | None = None
 
     def __post_init__(self):
+        require(self.decode is None or hasattr(self.decode, "choose"), f"decode={self.decode!r} is no reader; names go to make_cache")
         if self.policy is None:
             return self._keep_everything()
+        made = hasattr(self.policy, "rank") and isinstance(self.budget, Budget)
+        require(made, f"CacheConfig takes a policy and a budget, got {self.policy!r} and {self.budget!r}; names and numbers go to "
+                "make_cache")
         for name, usual in zip(("sinks", "recent"), getattr(self.budget, "protect", self.policy.protect)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
@@ -61,22 +67,30 @@ class CacheConfig:
                     f"{name}={tokens!r} must be a number of tokens, 0 or more")
         require(self.evict in ("chunk", "prompt"), f"evict={self.evict!r} is not known; use 'chunk' or 'prompt'")
         length = self.prompt_length
-        require(length is None or (isinstance(length, int) and length > 0), f"prompt_length={length!r} must be 1 or more tokens, or None")
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        require(length is None or (whole and length > 0), f"prompt_length={length!r} must be 1 or more tokens, or None")
         require(length is None or self.evict == "prompt", "prompt_length has a use only with evict='prompt'; leave it out")
         window = getattr(self.policy, "window", 0)
         require(self.recent >= window, f"recent={self.recent} is less than the policy's window={window}, whose tokens must stay; give {window}")
-        self.budget.require_room(self.sinks + max(self.recent, self.grace))
+        require(isinstance(self.roll, bool), f"roll={self.roll!r} must be True or False")
+        self.budget.require_room(self.protected)
         require(self.decode is None or not self.policy.decoding,
                 f"{type(self.policy).__name__} evicts while tokens are generated, and what is known of a page would be wrong by the next "
                 "token; with decode= use a policy that evicts the prompt only, such as snapkv")
 
     def _keep_everything(self) -> None:
+        require(self.decode is not None, "CacheConfig takes a policy and a budget, or decode= to keep everything; got none of them")
         require(self.budget is None, "a budget needs a policy, which says what has to go; name one, or leave the budget out")
         for field in fields(self):
             useless = field.name not in ("policy", "budget", "decode") and getattr(self, field.name) not in (field.default, 0)
             require(not useless, f"{field.name} says how to evict, but without a policy everything stays; leave it out")
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, 0)
+
+    @property
+    def protected(self) -> int:
+        """Tokens of a sequence that stay whatever the policy says."""
+        return self.sinks + max(self.recent, self.grace)
 
     def to_json(self) -> dict:
         """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""

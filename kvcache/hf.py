@@ -23,6 +23,67 @@ from .store import Meter
 from .types import CachePolicy
 
 
+class _Together:
+    """What the layers of one cache have in common. They hold this, not the cache: its memory goes when the last name for it does.
+
+    Attributes:
+        config: of the text model; says which attention it runs.
+        cores: the layers that evict.
+    """
+
+    def __init__(self, config: PreTrainedConfig, mask: Tensor | None):
+        self.config, self.cores = config, []
+        self.tell(mask)
+
+    def tell(self, mask: Tensor | None) -> None:
+        """What is padding: ``[B, N]``, 0 where it is; None where nobody says."""
+        require(mask is None or mask.dim() == 2,
+                f"attention_mask must be [B, N], 1 for real tokens, got {mask is not None and mask.dim()} dimensions")
+        self._mask = None if mask is None else (mask != 0).long()
+        self._padded = mask is not None and not bool(self._mask.all())
+        self._left = not self._padded or bool((self._mask.diff(dim=1) >= 0).all())
+
+    def alone(self) -> _Together:
+        """The same for other layers, yet to be named."""
+        twin = copy.copy(self)
+        twin.cores = []
+        return twin
+
+    def require_served(self, core: CacheLayer, k: Tensor) -> bool:
+        """Whether our attention will read this layer; raises before anything changes where somebody has to and cannot."""
+        latent = bool(getattr(self.config, "kv_lora_rank", None))
+        if runs_ours(self.config) and not latent:
+            return True
+        budget, policy, batch = core.config.budget, type(core.config.policy).__name__, k.shape[0]
+        reader = "a cache of latents" if latent else f"attention {self.config._attn_implementation!r}"
+        remedy = "" if latent else "; call sparse_attn.patch(model, prefill='dense')"
+        require(core.config.decode is None, f"{type(core.config.decode).__name__} reads pages of keys, which {reader} "
+                + ("does not hold; leave decode= out" if latent else f"cannot{remedy}"))
+        require(not core.config.policy.needs, f"{policy} ranks tokens by queries, and " + (
+            "this model caches latents that have none; use streaming, knorm, keydiff or random" if latent else
+            f"{reader} does not show them{remedy}, or load the model with attn_implementation='dense'"))
+        require(budget.alike,
+                f"{type(budget).__name__} keeps different numbers per layer or head, which {reader} cannot read{remedy}")
+        require(batch == 1 or self._mask is not None, f"a batch of {batch} may be padded, and {reader} does not say where; give "
+                "attention_mask= to the cache, all ones if nothing is")
+        require(self._left, f"a row's padding is not all on the left, and {reader} would read wrong keys; pad on the left{remedy}")
+        shares = batch > 1 and self._padded and getattr(budget, "ratio", None) is not None
+        require(not shares, f"each padded row keeps a share of its own length, and {reader} would read wrong keys; give budget= in "
+                f"tokens{remedy}")
+        return False
+
+    def real_of(self, start: int, n: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds of the real tokens among columns ``start`` to ``start + n``, by the mask that the cache was given."""
+        if self._mask is None or start >= self._mask.shape[1]:
+            return None, None
+        require(len(self._mask) == batch, f"the cache's attention_mask has {len(self._mask)} rows but {batch} sequences came; beams and "
+                "returned sequences are rows of their own, so repeat_interleave it")
+        piece = self._mask[:, start : start + n]
+        piece = torch.nn.functional.pad(piece, (0, n - piece.shape[1]), value=1)
+        layout = layout_of(piece, n, n)
+        return layout.first, layout.last
+
+
 class KVPolicyLayer(DynamicLayer):
     """One attention layer of a ``KVCache``: what transformers calls, in terms of ``CacheLayer``.
 
@@ -32,8 +93,9 @@ class KVPolicyLayer(DynamicLayer):
 
     is_compileable = False
 
-    def __init__(self, core: CacheLayer, cache: KVCache):
-        self.core, self._cache = core, cache
+    def __init__(self, core: CacheLayer, together: _Together):
+        self.core, self._together = core, together
+        together.cores.append(core)
         super().__init__()
 
     keys = property(lambda self: self._shown(0), lambda self, _: None)
@@ -46,6 +108,10 @@ class KVPolicyLayer(DynamicLayer):
     def record_past(self) -> bool:
         return self.core.recording
 
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.core.recording = value
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
@@ -55,17 +121,18 @@ class KVPolicyLayer(DynamicLayer):
         Raises:
             ContractError: if the policy needs queries and the model's attention will not show them, or nobody said what is padding.
         """
-        watched = self._cache.require_served(self.core, key_states)
+        watched = self._together.require_served(self.core, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        core, n = self.core, key_states.shape[2]
-        core.append(key_states, value_states)
+        core = self.core
         if watched:
+            core.append(key_states, value_states)
             # attention reads the runs themselves; the tensors only have to be there
             leave(core, key_states)
             return key_states, value_states
-        first, last = self._cache.real_of(core.n_columns, n)
-        core.admit(first, last)
+        bounds = self._together.real_of(core.n_columns, key_states.shape[2], key_states.shape[0])
+        core.append(key_states, value_states)
+        core.admit(*bounds)
         shown = core.store.rectangle()
         core.observe(None, in_place=False)
         return shown
@@ -89,9 +156,12 @@ class KVPolicyLayer(DynamicLayer):
         """Take back the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            ContractError: if an eviction has seen them, or on a positive number.
+            ContractError: if an eviction has seen them, here or in a later layer, or some are padding; or on a positive number.
         """
         require(tokens_to_remove <= 0, f"crop({tokens_to_remove}) names a length; give minus the number of tokens to take back")
+        for core in self._together.cores:
+            if core.layer >= self.core.layer:  # Cache.crop goes from layer to layer: the first one speaks for all
+                core.require_croppable(-tokens_to_remove)
         self.core.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
@@ -130,9 +200,11 @@ class KVCache(Cache):
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig, attention_mask: Tensor | None = None):
         whole = model.config if isinstance(model, PreTrainedModel) else model
+        require(hasattr(whole, "get_text_config"),
+                f"a cache is made for a transformers model or its config, got {type(model).__name__}")
         self.kept, self.meter = config, Meter()
-        self._model_config = whole.get_text_config(decoder=True)
-        self._mask = None if attention_mask is None else layout_mask(attention_mask)
+        text = whole.get_text_config(decoder=True)
+        self._together = _Together(text, attention_mask)
         turns = {}
         wanted_by = "roll=True" if config.roll else type(config.policy).__name__
         if config.roll or "turn" in getattr(config.policy, "needs", ()):
@@ -141,61 +213,30 @@ class KVCache(Cache):
             turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
         if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
             config.policy.require_model(model_id(model))
-        layers = DynamicCache(config=self._model_config).layers
-        own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        layers = DynamicCache(config=text).layers
+        # layers that read what another one stored want the whole of it
+        shared = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
+        own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and shared[i] is None]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")
         reader = config.decode
         require(reader is None or not all(map(reader.reads_all, own)),
                 f"{type(reader).__name__} would read everything: of this model only layers {', '.join(map(str, own))} attend to the whole text; "
                 "leave one of them out of its dense_layers")
         if config.budget is not None:
-            config.budget.require_model(len(layers), getattr(self._model_config, "num_key_value_heads", None))
+            config.budget.require_model(len(layers), getattr(text, "num_key_value_heads", None))
         for i in own:
-            layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turns.get(i)), self)
-        self._own = own
+            layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turns.get(i)), self._together)
         super().__init__(layers=layers)
-
-    def require_served(self, core: CacheLayer, k: Tensor) -> bool:
-        """Whether our attention will read this layer; raises before anything changes where somebody has to and cannot."""
-        latent = bool(getattr(self._model_config, "kv_lora_rank", None))
-        ours = runs_ours(self._model_config)
-        if ours and not latent:
-            return True
-        reader = core.config.decode
-        require(reader is None, f"{type(reader).__name__} reads pages of keys, " + ("but this model caches latents; leave decode= out" if latent else
-                f"which attention {self._model_config._attn_implementation!r} cannot; call sparse_attn.patch(model, prefill='dense')"))
-        policy = type(core.config.policy).__name__
-        require(not core.config.policy.needs, f"{policy} ranks tokens by queries, and " + (
-            "this model caches latents that have none; use streaming, knorm, keydiff or random" if latent else
-            f"attention {self._model_config._attn_implementation!r} does not show them; call sparse_attn.patch(model, prefill='dense'), or "
-            "load the model with attn_implementation='dense'"))
-        require(core.config.budget.alike, f"{type(core.config.budget).__name__} keeps different numbers per layer or head, which "
-                f"attention {self._model_config._attn_implementation!r} cannot read; call sparse_attn.patch(model, prefill='dense')")
-        require(k.shape[0] == 1 or self._mask is not None,
-                f"a batch of {k.shape[0]} may be padded, and neither " + ("a cache of latents" if latent else f"attention "
-                f"{self._model_config._attn_implementation!r}") + " says where; give attention_mask= to the cache, all ones if nothing is")
-        return False
-
-    def real_of(self, start: int, n: int) -> tuple[Tensor | None, Tensor | None]:
-        """Bounds of the real tokens among columns ``start`` to ``start + n``, by the mask that the cache was given."""
-        if self._mask is None or start >= self._mask.shape[1]:
-            return None, None
-        piece = self._mask[:, start : start + n]
-        piece = torch.nn.functional.pad(piece, (0, n - piece.shape[1]), value=1)
-        layout = layout_of(piece, n, n)
-        require(not layout.holes, "a row's real tokens are not one run; pad on one side only")
-        return layout.first, layout.last
 
     def fork(self) -> KVCache:
         """A second cache with the same contents in memory of its own: ask several questions of one prefilled text."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.meter = Meter()
-        twin.layers = []
+        twin.meter, twin.layers, twin._together = Meter(), [], self._together.alone()
         for layer in self.layers:
             if isinstance(layer, KVPolicyLayer):
-                copied = KVPolicyLayer(layer.core.fork(twin.meter), twin)
-                copied.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("core", "_cache")})
+                copied = KVPolicyLayer(layer.core.fork(twin.meter), twin._together)
+                copied.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("core", "_together")})
             else:
                 copied = copy.deepcopy(layer)
             twin.layers.append(copied)
@@ -204,17 +245,11 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forget the request; also the padding mask, which was that request's."""
         super().reset()
-        self._mask = None
+        self._together.tell(None)
 
     def report(self) -> CacheReport:
         """Kept tokens and bytes, measured and by formula."""
-        return CacheReport.of([self.layers[i].core for i in self._own], self.meter)
-
-
-def layout_mask(mask: Tensor) -> Tensor:
-    """A padding mask as int64 ``[B, N]`` of 0 and 1; raises ContractError on anything else."""
-    require(mask.dim() == 2, f"attention_mask must be [B, N], 1 for real tokens, got {mask.dim()} dimensions")
-    return (mask != 0).long()
+        return CacheReport.of(self._together.cores, self.meter)
 
 
 def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig | None = None,
@@ -274,39 +309,42 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
     return out.logits[:, -1]
 
 
-def _named(name: str, policy: str, budget: int | float | None, doc: str) -> type[KVCache]:
+# tokens per KV head where nobody says
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest"), 2048)}
+
+
+def _named(name: str, policy: str, doc: str) -> type[KVCache]:
     class Named(KVCache):
         __doc__ = f"""{doc}
 
         Args:
             model: the model, or its config.
-            budget: as in ``make_cache``.
+            budget: tokens per KV head, {_USUAL[policy]} unless given, or a share of the tokens seen so far if not above 1.0.
             attention_mask, settings: as in ``make_cache``.
         """
 
-        def __init__(self, model, budget=budget, *, attention_mask=None, **settings):
+        def __init__(self, model, budget=_USUAL[policy], *, attention_mask=None, **settings):
             super().__init__(model, as_config(policy, budget, **settings), attention_mask)
 
     Named.__name__ = Named.__qualname__ = name
     return Named
 
 
-_USUAL = {"streaming": 1028, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova"), 2048)}
-
-StreamingLLMCache = _named("StreamingLLMCache", "streaming", 1028, "First and last tokens (StreamingLLM, arXiv:2309.17453).")
-H2OCache = _named("H2OCache", "heavy_hitter", 2048, "Heavy hitters and recent tokens (H2O, arXiv:2306.14048).")
-SnapKVCache = _named("SnapKVCache", "snapkv", 2048, "What the last tokens of the prompt attend to (SnapKV, arXiv:2404.14469).")
-PyramidKVCache = _named("PyramidKVCache", "pyramidkv", 2048, "SnapKV, more tokens in lower layers (PyramidKV, arXiv:2406.02069).")
-AdaKVCache = _named("AdaKVCache", "adakv", 2048, "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
-TOVACache = _named("TOVACache", "tova", 2048, "What the newest token attends to (TOVA, arXiv:2401.06104).")
-QuestCache = _named("QuestCache", "quest", 2048, "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
+StreamingLLMCache = _named("StreamingLLMCache", "streaming", "First and last tokens (StreamingLLM, arXiv:2309.17453).")
+H2OCache = _named("H2OCache", "heavy_hitter", "Heavy hitters and recent tokens (H2O, arXiv:2306.14048).")
+SnapKVCache = _named("SnapKVCache", "snapkv", "What the last tokens of the prompt attend to (SnapKV, arXiv:2404.14469).")
+PyramidKVCache = _named("PyramidKVCache", "pyramidkv", "SnapKV, more tokens in lower layers (PyramidKV, arXiv:2406.02069).")
+AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
+TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
+LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
+QuestCache = _named("QuestCache", "quest", "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:
     """What ``patch(model, kv_cache=spec)`` does to the cache of each forward: a fresh one of transformers' gets our layers.
 
     Args:
-        spec: a CacheConfig, a dict with ``name``, ``budget`` and settings, or a function of no arguments that makes a cache.
+        spec: a CacheConfig, a dict with ``name``, ``budget`` and settings, or the name of a method that has a usual budget.
     """
     if isinstance(spec, dict):
         require("name" in spec, f"kv_cache has no 'name' in {spec}; there are {', '.join(METHODS)}")

@@ -186,10 +186,7 @@ class Store:
                 ops.move_rows(t, sources, targets)
             self.starts, self.lengths = self._bases.clone(), counts.clone()
             return
-        rows = {name: _taken(t, sources) for name, t in self._tensors().items()}
-        self._meter.add(-self.n_bytes)
-        ends = counts.flatten().cumsum(0).view_as(counts)
-        self._set(rows, ends - counts, counts.clone(), counts)
+        self._renew(sources, counts.clone())
 
     def replace(self, victims: Tensor, where: Tensor) -> None:
         """Overwrite the token at ``victims`` (int64 ``[B, Hkv]`` offsets) with the run's last one, which leaves its place.
@@ -214,10 +211,7 @@ class Store:
         sequences = sequences.cpu()
         lengths = self.lengths[sequences]
         taken = torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts[sequences].flatten().tolist(), lengths.flatten().tolist())])
-        rows = {name: _taken(t, taken.to(t.device)) for name, t in self._tensors().items()}
-        self._meter.add(-self.n_bytes)
-        ends = lengths.flatten().cumsum(0).view_as(lengths)
-        self._set(rows, ends - lengths, lengths, lengths)
+        self._renew(taken.to(self.k.device), lengths)
 
     def shrink(self) -> None:
         """Give back the room that no run uses, but for what the next few tokens need."""
@@ -255,6 +249,12 @@ class Store:
         self.starts, self.lengths, self._room = starts, lengths, room
         self._bases = starts.clone() if bases is None else bases
         self._meter.add(self.n_bytes)
+
+    def _renew(self, sources: Tensor, lengths: Tensor) -> None:
+        """Move to new memory that holds the rows ``sources`` (run by run) and no room; both exist until it is done."""
+        old, ends = self.n_bytes, lengths.flatten().cumsum(0).view_as(lengths)
+        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, ends - lengths, lengths, lengths)
+        self._meter.add(-old)
 
     def _allocate(self, k: Tensor, v: Tensor, room: Tensor) -> None:
         n = int(room.sum())
@@ -294,7 +294,8 @@ class Store:
         """Move every run to the start of a segment of ``room`` rows, one tensor at a time so that little exists twice."""
         bases = room.flatten().cumsum(0).view_as(room) - room
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
-        for name, old in self._tensors().items():
+        for name in list(self._tensors()):
+            old = getattr(self, name)
             new = empty_rows(old, int(room.sum()))
             self._meter.add(new.numel() * new.element_size())
             for source, target, n in runs:

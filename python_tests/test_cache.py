@@ -418,6 +418,8 @@ def test_rolled_keys_stand_side_by_side():
     (dict(policy="snapkv", budget=256, window=8, recent=4), "less than the policy's window"),
     (dict(policy="snapkv", budget=256, evict="never"), "evict='never' is not known"),
     (dict(policy="snapkv", budget=256, prompt_length=90), "only with evict='prompt'"),
+    (dict(policy="snapkv", budget=256, evict="prompt", prompt_length=True), "prompt_length=True must be"),
+    (dict(policy="streaming", budget=256, roll="yes"), "roll='yes' must be"),
     (dict(policy="snapkv", budget={"name": "table", "layers": (64, 64, 64)}, window=8), "3 layers but the model has 2"),
 ])
 def test_bad_settings_are_told_in_a_sentence(arguments, sentence):
@@ -443,11 +445,41 @@ def test_who_needs_queries_says_so_under_an_attention_that_does_not_show_them():
             kvcache.prefill(model, ids, cache, 0)
 
 
+def test_an_attention_that_reads_by_the_mask_is_refused_where_the_mask_says_something_else():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    model.set_attn_implementation("sdpa")
+    for wrong, budget, why in ((mask.flip(1), 400, "not all on the left"), (mask, 0.5, "keeps a share of its own length")):
+        cache = cache_of(model, "streaming", budget, attention_mask=wrong)
+        with pytest.raises(ContractError, match=why):
+            model(ids, attention_mask=wrong, past_key_values=cache)
+        assert cache.report().n_bytes == 0
+    generate(model, cache_of(model, "streaming", 0.5), ids[:1], mask[:1])
+
+
+def test_a_refused_forward_leaves_the_cache_as_it_was():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    hole = mask.clone()
+    hole[0, 40] = 0
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 40)
+        with pytest.raises(ContractError, match="are not one run"):
+            model(ids, attention_mask=hole, past_key_values=cache)
+        with torch.enable_grad(), pytest.raises(ContractError, match="requires grad"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert_close(generate(model, cache, ids, mask)[1], generate(model, cache_of(model, "snapkv", 40), ids, mask)[1])
+    cache = cache_of(model, "streaming", 40, attention_mask=mask)
+    with pytest.raises(ContractError, match="3 rows but 6 sequences came"):
+        generate(model, cache, ids, mask, num_beams=2)
+    assert cache.get_seq_length() == 0 and cache.report().n_bytes == 0
+
+
 def test_a_forward_that_failed_half_way_is_noticed():
     model, (ids, _) = tiny("Llama"), prompt(1)
     with sparse_attn.patch(model, prefill="dense"):
         cache = cache_of(model, "snapkv", 40)
         cache.layers[0].update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+        model(ids, use_cache=False)  # nothing to do with it
         with pytest.raises(ContractError, match="never looked at the last tokens"):
             model(ids, past_key_values=cache)
         cache.reset()
@@ -458,6 +490,13 @@ def test_kv_cache_without_the_other_package_says_which_import_is_missing():
     code = "import sparse_attn.handle as h; h.cache_installer(None, 'snapkv')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert "import kvcache first" in done.stderr
+
+
+def test_what_is_no_policy_no_budget_or_no_model_is_told_in_a_sentence():
+    with pytest.raises(ContractError, match="takes a policy and a budget, got 'snapkv' and 256"):
+        CacheConfig("snapkv", 256)
+    with pytest.raises(ContractError, match="made for a transformers model or its config, got str"):
+        kvcache.make_cache("meta/llama", "snapkv", 256)
 
 
 def test_a_config_equals_its_json():

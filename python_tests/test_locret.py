@@ -134,7 +134,7 @@ def test_a_prompt_in_chunks_keeps_what_it_keeps_in_one_piece(tmp_path, chunk):
     path = written(random_heads(model), tmp_path)
     kept = []
     for size in (N, chunk):
-        cache = kvcache.make_cache(model, "locret", 30, path=path, stabilizers=8)
+        cache = kvcache.LocretCache(model, 30, path=path, stabilizers=8)
         with sparse_attn.patch(model, prefill="dense"):
             kvcache.prefill(model, ids, cache, size)
         kept.append(states(cache)[0])  # what upper layers compute depends on what attention could still read

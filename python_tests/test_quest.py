@@ -372,6 +372,9 @@ def test_a_config_without_a_policy_has_nothing_to_evict_by():
     for settings, sentence in ((dict(sinks=4), "sinks says how to evict"), (dict(roll=True), "roll says how"), (dict(evict="prompt"), "evict says how")):
         with pytest.raises(ContractError, match=sentence):
             CacheConfig(None, None, decode=Quest(), **settings)
+    for decode, sentence in ((None, "takes a policy and a budget, or decode="), ("quest", "decode='quest' is no reader; names go to")):
+        with pytest.raises(ContractError, match=sentence):
+            CacheConfig(None, None, decode=decode)
     with pytest.raises(ContractError, match="a budget needs a policy"):
         CacheConfig(None, kvcache.BUDGETS["uniform"](tokens=64), decode=Quest())
 
@@ -385,5 +388,5 @@ def test_an_attention_that_cannot_read_pages_says_so():
         generate(model, cache, ids, mask)
     assert cache.get_seq_length() == 0 and cache.report().n_bytes == 0
     model = tiny("DeepseekV3")
-    with sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="this model caches latents; leave decode= out"):
+    with sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="reads pages of keys, which a cache of latents does not hold; leave decode= out"):
         generate(model, kvcache.QuestCache(model, dense_layers=()), ids, mask)

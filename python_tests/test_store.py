@@ -1,9 +1,12 @@
 """The rows of a cache layer against lists of lists: whatever is done to them, the right tokens are where the tables say."""
 
+import weakref
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcache import store as module
 from kvcache.store import Meter, Store
 
 
@@ -96,3 +99,27 @@ def test_any_life_of_a_store(data):
             assert meter.now == 0
             store, meter = twin, apart
         assert_holds(store, lists, meter)
+
+
+def filled(meter: Meter) -> Store:
+    store, rows = Store(meter), torch.zeros(1, 1, 100, 8)
+    store.append(rows, rows)
+    store.admit(100, None, None, torch.zeros(1, dtype=torch.int64))
+    return store
+
+
+def test_new_memory_counts_beside_the_old_one():
+    for change in (lambda s: s.select(torch.tensor([0, 0])), lambda s: s.keep(torch.arange(100).view(1, 1, 100).int(), torch.tensor([[100]]), False)):
+        meter = Meter()
+        store = filled(meter)
+        held = store.n_bytes
+        change(store)
+        assert meter.now == store.n_bytes and meter.peak == held + store.n_bytes
+
+
+def test_growing_holds_one_tensor_twice_at_a_time(monkeypatch):
+    store = filled(Meter())
+    old, alive, make = weakref.ref(store.k), [], module.empty_rows
+    monkeypatch.setattr(module, "empty_rows", lambda like, n: (alive.append(old() is not None), make(like, n))[1])
+    store.append(torch.zeros(1, 1, 100, 8), torch.zeros(1, 1, 100, 8))
+    assert alive == [True, False, False, False]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import kept
 from .config import SparseAttnConfig
 from .errors import require
 from .report import LayerLog, Report
@@ -57,11 +58,13 @@ class Forward:
         """Forward pre-hook of the model around all layers."""
         if not torch.compiler.is_compiling():
             self._carry[threading.get_ident()] = {}
+            kept.clear()
 
     def end(self, *args) -> None:
         """Forward hook, called after a failure too: what layers left for each other must not outlive the forward."""
         if not torch.compiler.is_compiling():
             self._carry.pop(threading.get_ident(), None)
+            kept.clear()
 
     @contextlib.contextmanager
     def told(self, ids: Tensor) -> Iterator[None]:

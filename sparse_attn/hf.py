@@ -131,9 +131,9 @@ class _Call:
                 self.log.sparse(f"dual_chunk {backend}", refusals, found.density, self.q.shape[2], n_seen)
         return found.out.transpose(1, 2).contiguous()
 
-    def by_kept(self, kept: KeptKV, mask: Tensor | None, config: SparseAttnConfig) -> Tensor:
-        """Over what a cache kept of the text, which then learns what attention saw."""
-        n_q, refusal = self.q.shape[2], self.ours_can()
+    def by_kept(self, kept: KeptKV, mask: Tensor | None, config: SparseAttnConfig, refusal: str | None) -> Tensor:
+        """Over what a cache kept of the text, which then learns what attention saw; or the refusal, and the cache as it was."""
+        n_q, refusal = self.q.shape[2], refusal or self.ours_can()
         if mask is not None and mask.dim() != 2:
             refusal = refusal or "its mask is neither causal nor padded"
         layout = layout_of(mask if refusal is None else None, n_q, n_q)
@@ -141,7 +141,9 @@ class _Call:
             refusal = refusal or "a row's real tokens are not one run; pad on one side only"
         if self.patched and self.patched.rotation is not None:
             refusal = refusal or "dual_chunk moves keys that the cache has let go of"
-        require(refusal is None, f"{type(self.module).__name__} cannot attend over an evicting cache: {refusal}")
+        if refusal is not None:
+            kept.withdraw()
+            raise ContractError(f"{type(self.module).__name__} cannot attend over an evicting cache: {refusal}")
         kept.admit(layout.first, layout.last)
         _, lengths = kept.table()
         n_seen = int(lengths.max())
@@ -234,9 +236,8 @@ def _attention(default: SparseAttnConfig, module: torch.nn.Module, query: Tensor
                  segment_ids)
     kept, given = take(key)
     if kept is not None:
-        require(given and indices is None and block_indices is None,
-                f"{type(module).__name__} changes its keys after the cache, or chooses among them; an evicting cache cannot serve it")
-        return call.by_kept(kept, attention_mask, config), None
+        own_way = not given or indices is not None or block_indices is not None
+        return call.by_kept(kept, attention_mask, config, "it changes its keys after the cache, or chooses among them" if own_way else None), None
     n_q, n_k = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     chosen = indices if indices is not None else block_indices
@@ -408,7 +409,8 @@ def patch(model: PreTrainedModel, prefill: Selector | str | dict | None = None, 
             prefill and decoding, dense or sparse; a ``DualChunk`` or a dict of its fields.
         profile: what ``python -m sparse_attn.calibrate`` wrote for this model, or the file it wrote; excludes ``prefill``.
         kv_cache: what every fresh cache of this model becomes: a ``kvcache.CacheConfig``, or a dict such as
-            ``{"name": "snapkv", "budget": 2048}``; None leaves caches alone. Needs ``import kvcache``.
+            ``{"name": "snapkv", "budget": 2048}``; None leaves caches alone. Needs ``import kvcache``. Assisted decoding wants a
+            cache of its own, ``past_key_values=kvcache.make_cache(...)``: a fresh one is not told that it will be cropped.
 
     Raises:
         ContractError: on a model that cannot be driven or is patched already, on bad arguments, or on the profile of another model;

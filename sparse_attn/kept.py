@@ -61,6 +61,9 @@ class KeptKV(Protocol):
     def admit(self, first: Tensor | None, last: Tensor | None) -> None:
         """Say which of the appended tokens (int32 ``[B]`` bounds, None for all) are real; the others are dropped."""
 
+    def withdraw(self) -> None:
+        """Attention refused: forget the appended tokens."""
+
     def table(self) -> tuple[Tensor, Tensor]:
         """int64 ``[B, Hkv]`` starts and lengths of the runs."""
 
@@ -85,8 +88,13 @@ def leave(kept: KeptKV, k: Tensor) -> None:
 def take(k: Tensor) -> tuple[KeptKV | None, bool]:
     """The layer that the last ``update`` of this thread was of, and whether ``k`` is what it returned."""
     kept, given = getattr(_notes, "last", (None, None))
-    _notes.last = (None, None)
+    clear()
     return kept, given is k
+
+
+def clear() -> None:
+    """Forget a layer whose attention never came: its forward failed, or nobody ran it."""
+    _notes.last = (None, None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,125 @@
+"""Caches in the long run: later turns, tokens taken back, layers unlike the others, and requests that are over."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from test_cache import PROMPT, SETTINGS, _inference, assert_close, cache_of, generate, prompt  # noqa: E402
+from test_transformers import TINY, tiny, tokens  # noqa: E402
+
+import kvcache  # noqa: E402
+import sparse_attn  # noqa: E402
+from sparse_attn import ContractError  # noqa: E402
+
+assert _inference  # a fixture of every test here
+
+
+def test_layers_without_positions_are_not_rolled():
+    model, ids = tiny("SmolLM3"), tokens(1, 60)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = kvcache.make_cache(model, "streaming", 24, roll=True)
+        generate(model, cache, ids, torch.ones_like(ids))
+    rolled, plain = (layer.core.store for layer in cache.layers)
+    assert rolled.k_true is not None and plain.k_true is None
+
+
+def test_layers_that_others_read_from_keep_everything():
+    torch.manual_seed(0)
+    sizes = TINY | dict(num_hidden_layers=6, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=24,
+                        hidden_size_per_layer_input=16, vocab_size_per_layer_input=128, laurel_rank=8, altup_num_inputs=2,
+                        activation_sparsity_pattern=[0.0] * 6)
+    config = transformers.Gemma3nTextConfig(**sizes)
+    model, (ids, mask) = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval(), prompt(1)
+    expected = generate(model, None, ids, mask)[1]
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 400)
+        assert_close(generate(model, cache, ids, mask)[1], expected)
+    assert [type(layer).__name__ for layer in cache.layers[1::2]] == ["KVPolicyLayer", "DynamicLayer", "DummyLayer"]
+
+
+@pytest.mark.parametrize("name", ["heavy_hitter", "snapkv"])
+def test_assisted_decoding_keeps_the_budget_in_later_turns(name):
+    model, drafts = tiny("Llama"), dict(prompt_lookup_num_tokens=4)
+    ids, more = tokens(1, 12).repeat(1, 7), tokens(1, 200)
+    generated = {"heavy_hitter": 4, "snapkv": 16}[name]
+    with sparse_attn.patch(model, prefill="dense"):
+        for way in ({}, drafts):
+            cache = cache_of(model, name, 40)
+            first, _ = generate(model, cache, ids, torch.ones_like(ids), **drafts)
+            both = torch.cat([first, more], 1)
+            generate(model, cache, both, torch.ones_like(both), **way)
+            assert cache.report().tokens <= 40 + generated
+        assert cache.layers[0].record_past
+        cache.layers[0].record_past = False  # as transformers does where it is done with a cache
+
+
+def test_what_was_taken_back_does_not_vote():
+    model, (ids, _) = tiny("Llama"), prompt(3)
+    last = []
+    with sparse_attn.patch(model, prefill="dense"):
+        for taken_back in (ids[1:2, :6], ids[2:, :6]):
+            cache = cache_of(model, "snapkv", 40, evict="prompt")
+            kvcache.prefill(model, ids[:1], cache, 24)
+            kvcache.prefill(model, taken_back, cache, 24)
+            cache.crop(-6)
+            kvcache.prefill(model, ids[1:2, 40:45], cache, 24)
+            last.append(model(ids[:1, :1], past_key_values=cache).logits)
+    assert torch.equal(*last)
+
+
+def test_a_last_chunk_of_one_token_belongs_to_a_prompt_of_known_length():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    with sparse_attn.patch(model, prefill="dense"):
+        for name in ("snapkv", "heavy_hitter"):
+            whole = generate(model, cache_of(model, name, 40), ids, torch.ones_like(ids))[1]
+            cache = cache_of(model, name, 40, evict="prompt", prompt_length=PROMPT)
+            assert_close(generate(model, cache, ids, torch.ones_like(ids), prefill_chunk_size=PROMPT // 3)[1], whole)
+
+
+def test_a_small_share_keeps_what_is_protected():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", 0.01, sinks=2)
+        kvcache.prefill(model, ids, cache, 24)
+    store = cache.layers[1].core.store
+    assert cache.report().tokens == 10 and sorted(store.positions[:10].tolist()) == [0, 1, *range(PROMPT - 8, PROMPT)]
+
+
+def test_a_crop_that_one_layer_refuses_changes_none():
+    model, (ids, mask) = tiny("Llama"), prompt()
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "snapkv", {"name": "table", "layers": (200, 40)})
+        kvcache.prefill(model, ids, cache, 24, mask)
+        for layers in (cache, cache.fork()):
+            with pytest.raises(ContractError, match="layer 1 last evicted 0 tokens ago"):
+                layers.crop(-3)
+            assert [layer.core.n_columns for layer in layers.layers] == [PROMPT, PROMPT]
+        cache = cache_of(model, "snapkv", 400)
+        kvcache.prefill(model, ids, cache, 24, mask)
+        with pytest.raises(ContractError, match="only the last 55 are real ones in every sequence"):
+            cache.crop(-56)
+        cache.crop(-55)
+        assert [layer.core.n_seen.tolist() for layer in cache.layers] == [[33, 14, 0]] * 2
+        short = cache_of(model, "snapkv", 400)
+        kvcache.prefill(model, ids[:, :33], short, 24, mask[:, :33])
+        found, expected = (kvcache.prefill(model, ids[:, 33:], some, 24, mask) for some in (cache, short))
+        assert_close(found, expected)
+
+
+def test_a_cache_that_nobody_names_is_gone_at_once():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    gc.disable()
+    try:
+        with sparse_attn.patch(model, prefill="dense", kv_cache={"name": "snapkv", "budget": 40, **SETTINGS["snapkv"]}):
+            for run in (model, lambda ids: model.generate(ids, max_new_tokens=3, return_dict_in_generate=True)):
+                out = run(ids)
+                fork = getattr(out.past_key_values, "kv_cache", out.past_key_values).fork()
+                held = [weakref.ref(cache.layers[0].core.store.k) for cache in (out.past_key_values, fork)]
+                del out, fork
+                assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
