@@ -120,11 +120,13 @@ def quest_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         raise GateError(f"page_score at {shape.n} tokens is off by {error:.2e} (rms, relative), more than {_GATE_SCORE:.0e}; fix the "
                         "kernel before timing it")
     fields = {"rms_error": error, "backend": OPS["page_score"].chosen(*call_args)}
-    read = Baseline("digest read", lambda: lambda: [x.view(torch.int64).sum() for x in (digest.low, digest.high)])
+    against = baselines(store, args)
+    scan = against | ({"read": Baseline("digest read", lambda: lambda: [x.view(torch.int64).sum() for x in (digest.low, digest.high)])}
+                      if "read" in against else {})
     yield Entry("page_score", functools.partial(ops.page_score, *call_args), {"of": "scan", "bytes": digest.n_bytes, **fields},
-                4.0 * shape.heads * shape.head_dim * shape.n / PAGE, {"read": read} if "read" in args.baseline else {})
+                4.0 * shape.heads * shape.head_dim * shape.n / PAGE, scan)
     context = LayerContext(layer=0, scale=shape.scale, q_start=0)
     step = functools.partial(attend_kept, q, core, context, Dense(), Dense())
     step()
     read = int(core.read.sum()) * 2 * shape.head_dim * q.element_size() + int(digest.pages.sum()) * digest.page_bytes()
-    yield Entry("page_score", step, {"of": f"scan, choose, attend 1/{SHARE}", "bytes": read, **fields}, against=baselines(store, args))
+    yield Entry("page_score", step, {"of": f"scan, choose, attend 1/{SHARE}", "bytes": read, **fields}, against=against)
