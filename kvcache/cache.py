@@ -40,6 +40,7 @@ class CacheLayer:
         n_seen: int64 ``[B]``, real ones.
         recording: while set, eviction waits for ``crop``, so that a rejected draft can be taken back; a forward that nobody crops
             before the next one was no draft, and ends it.
+        reading: while set, a forward over a single token is a chunk of a prompt too, and no chunk is read by pages.
         digest: what the reader knows of the pages; None for a layer that reads everything.
         read: int32, rows of each page that the last few queries read; None before.
     """
@@ -58,7 +59,7 @@ class CacheLayer:
         reader = self.config.decode
         self.digest = PageDigest(self._meter, reader.page) if reader is not None and not reader.reads_all(self.layer) else None
         self.read: Tensor | None = None
-        self.n_columns, self.n_seen, self.recording = 0, None, False
+        self.n_columns, self.n_seen, self.recording, self.reading = 0, None, False, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
         self._opening = False  # recording: the next forward brings a prompt, its first draft behind it
         self._held = self._drafted = False  # recording: the policy has not looked at the last tokens, which are a draft
@@ -91,7 +92,8 @@ class CacheLayer:
     def pages(self, q: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last."""
         starts, lengths = self.store.table()
-        chosen = None if self.digest is None else self.config.decode.choose(q, lengths, self.digest, first, last)
+        by_page = self.digest is not None and not self.reading
+        chosen = self.config.decode.choose(q, lengths, self.digest, first, last) if by_page else None
         if chosen is None:
             starts, self.read = starts[..., None], lengths[..., None].int()
         else:
@@ -136,12 +138,12 @@ class CacheLayer:
             self.reset()
 
     def settle(self, n: int) -> None:
-        """Do what waits for the next forward, over ``n`` tokens: one token is taken for the first generated one."""
+        """Do what waits for the next forward, over ``n`` tokens; a single one is taken for the first generated token."""
         if self._held:
             self.recording = False
             self._flush()
             self._evict_in_time()
-        if n == 1 and self._waiting and self.config.prompt_length is None:
+        if n == 1 and self._waiting and not self.reading and self.config.prompt_length is None:
             self._evict(self._seen(None))
 
     def _headroom(self, n: int) -> int:
@@ -181,7 +183,7 @@ class CacheLayer:
 
     def _generated(self) -> bool:
         """Was the last forward over one generated token?"""
-        return self._appended == 1 and self.n_columns > (self.config.prompt_length or 0)
+        return self._appended == 1 and not self.reading and self.n_columns > (self.config.prompt_length or 0)
 
     def _evict_in_time(self, in_place: bool = True) -> None:
         """Evict now, or once the prompt is complete."""

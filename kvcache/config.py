@@ -73,6 +73,8 @@ class CacheConfig:
         window = getattr(self.policy, "window", 0)
         require(self.recent >= window, f"recent={self.recent} is less than the policy's window={window}, whose tokens must stay; give {window}")
         require(isinstance(self.roll, bool), f"roll={self.roll!r} must be True or False")
+        if hasattr(self.policy, "require_budget"):
+            self.policy.require_budget(self.budget)
         self.budget.require_room(self.protected)
         require(self.decode is None or not self.policy.decoding,
                 f"{type(self.policy).__name__} evicts while tokens are generated, and what is known of a page would be wrong by the next "

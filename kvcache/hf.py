@@ -300,12 +300,20 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
     if attention_mask is not None:
         require(attention_mask.shape[1] == before + n,
                 f"attention_mask covers {attention_mask.shape[1]} tokens but there are {before} cached and {n} new ones")
-    for start in range(0, n, chunk):
-        piece = input_ids[:, start : start + chunk]
-        end = before + start + piece.shape[1]
-        mask = None if attention_mask is None else attention_mask[:, :end]
-        positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -piece.shape[1] :]
-        out = model(input_ids=piece, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cores = [layer.core for layer in cache.layers if isinstance(layer, KVPolicyLayer)]
+    try:
+        for core in cores:
+            core.reading = True
+        for start in range(0, n, chunk):
+            piece = input_ids[:, start : start + chunk]
+            end = before + start + piece.shape[1]
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -piece.shape[1] :]
+            out = model(input_ids=piece, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                        logits_to_keep=1)
+    finally:
+        for core in cores:
+            core.reading = False
     return out.logits[:, -1]
 
 

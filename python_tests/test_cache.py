@@ -420,6 +420,8 @@ def test_rolled_keys_stand_side_by_side():
     (dict(policy="snapkv", budget=256, prompt_length=90), "only with evict='prompt'"),
     (dict(policy="snapkv", budget=256, evict="prompt", prompt_length=True), "prompt_length=True must be"),
     (dict(policy="streaming", budget=256, roll="yes"), "roll='yes' must be"),
+    (dict(policy="tova", budget={"name": "per_head", "tokens": 64}), "one set of tokens for all heads, which PerHead does not"),
+    (dict(policy="chunkkv", inner="tova", budget={"name": "per_head", "tokens": 64}), "one set of tokens for all heads"),
     (dict(policy="snapkv", budget={"name": "table", "layers": (64, 64, 64)}, window=8), "3 layers but the model has 2"),
 ])
 def test_bad_settings_are_told_in_a_sentence(arguments, sentence):

@@ -80,6 +80,21 @@ def test_a_last_chunk_of_one_token_belongs_to_a_prompt_of_known_length():
             assert_close(generate(model, cache, ids, torch.ones_like(ids), prefill_chunk_size=PROMPT // 3)[1], whole)
 
 
+def test_prefill_knows_that_a_last_chunk_of_one_token_is_of_the_prompt():
+    model, (ids, _) = tiny("Llama"), prompt(1)
+    with sparse_attn.patch(model, prefill="dense"):
+        caches = [cache_of(model, "snapkv", 40, evict="prompt") for _ in range(2)]
+        for cache, chunk in zip(caches, (PROMPT, PROMPT // 3)):
+            kvcache.prefill(model, ids, cache, chunk)
+        assert_close(*(model(ids[:, :1], past_key_values=cache).logits for cache in caches))
+        assert [cache.report().tokens for cache in caches] == [41, 41]
+        one = cache_of(model, "snapkv", 40)
+        kvcache.prefill(model, ids, one, 1)
+        assert one.report().tokens == 40
+        model(ids[:, :1], past_key_values=one)
+        assert one.report().tokens == 41
+
+
 def test_a_small_share_keeps_what_is_protected():
     model, (ids, _) = tiny("Llama"), prompt(1)
     with sparse_attn.patch(model, prefill="dense"):

@@ -283,6 +283,14 @@ def test_decoding_equals_a_replay_that_masks_what_is_not_read(family, dense):
     assert_close(mine, logits)
 
 
+@pytest.mark.parametrize("chunk", [10, 29])
+def test_prefill_reads_everything_however_short_its_chunks(chunk):
+    model, (ids, mask) = tiny("Llama"), prompt()
+    with sparse_attn.patch(model, prefill="dense"):
+        found = kvcache.prefill(model, ids, kvcache.QuestCache(model, 32, dense_layers=()), chunk, mask)
+        assert_close(found, kvcache.prefill(model, ids, all_pages(model), 88, mask))
+
+
 def test_bytes_are_those_of_the_formula():
     layers, heads, dim, size = 3, 2, 16, 4
     model, ids = tiny("Llama", num_hidden_layers=layers, max_position_embeddings=4096), tokens(2, 1500)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_attn.errors import require
 
-from ..types import CachePolicy, Seen
+from ..types import Budget, CachePolicy, Seen
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class ChunkKV:
     @property
     def window(self) -> int:
         return getattr(self._inner, "window", 0)
+
+    def require_budget(self, budget: Budget) -> None:
+        """Raise ContractError where ``inner`` does."""
+        if hasattr(self._inner, "require_budget"):
+            self._inner.require_budget(budget)
 
     def observe(self, seen: Seen) -> Tensor:
         return self._inner.observe(seen)

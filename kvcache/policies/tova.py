@@ -11,7 +11,8 @@ from torch import Tensor
 from sparse_attn import ops
 from sparse_attn.errors import require
 
-from ..types import Seen
+from ..budget import DuoHeads, PerHead
+from ..types import Budget, Seen
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Tova:
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
     decoding: ClassVar[bool] = True
     protect: ClassVar[tuple[int, int]] = (0, 1)
+
+    def require_budget(self, budget: Budget) -> None:
+        """Raise ContractError on a budget whose heads keep different numbers of tokens."""
+        require(not isinstance(budget, PerHead | DuoHeads),
+                f"tova keeps one set of tokens for all heads, which {type(budget).__name__} does not; use uniform, pyramid or table")
 
     def observe(self, seen: Seen) -> Tensor:
         votes = ops.window_mass(seen.q, seen.k, seen.starts, seen.lengths, seen.scale, 1, seen.softcap, seen.sinks,
