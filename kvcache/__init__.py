@@ -11,7 +11,7 @@ from .readers import READERS
 
 # these import transformers, which takes seconds
 _LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LocretCache", "PyramidKVCache", "QuestCache", "SnapKVCache", "StreamingLLMCache",
-         "TOVACache", "make_cache", "prefill")
+         "TOVACache", "load", "make_cache", "prefill")
 
 __all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "CacheConfig", *_LAZY]
 

@@ -25,6 +25,10 @@ from .types import Seen
 # moves keys rotated for some positions to others: (x [1, heads, N, D], at int64 [N], to int64 [N]) -> [1, heads, N, D]
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# what ``packed`` says of a layer besides its tensors, and which tensors its last queries are
+_FACTS = ("opening", "drafted", "waiting", "floor", "solid", "appended")
+_TAIL = ("q", "lse", "first", "sinks")
+
 
 class CacheLayer:
     """The tokens of one attention layer, no more of them than the budget says.
@@ -363,6 +367,45 @@ class CacheLayer:
         twin.store = store
         twin._follow()
         return twin
+
+    # -- the folder -----------------------------------------------------------------------------------------------------------
+
+    def packed(self) -> tuple[dict, dict[str, Tensor]]:
+        """The request as JSON facts and tensors, packed tight: what ``unpack`` takes. Nothing before the first append.
+
+        Raises:
+            ContractError: in the middle of a forward, or of a draft that may be taken back.
+        """
+        require(self._n_new is not None or not self._appended,
+                "attention never looked at the last tokens of this cache, because the forward failed; reset() it")
+        require(not self._held, f"layer {self.layer} holds tokens that may still be taken back; crop(0) accepts them")
+        if self.store.k is None:
+            return {}, {}
+        facts = {"columns": self.n_columns} | {name: getattr(self, f"_{name}") for name in _FACTS} | {"recording": self.recording}
+        tensors = self.store.packed() | {"n_seen": self.n_seen, "n_new": self._n_new}
+        if self._tail is not None:
+            facts |= {"scale": self._tail.scale, "softcap": self._tail.softcap}
+            tensors |= {f"tail_{name}": t for name in _TAIL if (t := getattr(self._tail, name)) is not None}
+        return facts, tensors
+
+    def unpack(self, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Go on from what ``packed`` returned, in these very tensors.
+
+        Raises:
+            ContractError: if they are not what a layer holds.
+        """
+        self.reset()
+        if not tensors:
+            return
+        tail = {name: tensors.pop(f"tail_{name}", None) for name in _TAIL}
+        self.n_seen, self._n_new = (tensors.pop(name).cpu() for name in ("n_seen", "n_new"))
+        self.store.fill(tensors, self.n_seen)
+        self._follow()
+        self.n_columns, self.recording = facts["columns"], facts["recording"]
+        for name in _FACTS:
+            setattr(self, f"_{name}", facts[name])
+        if tail["q"] is not None:
+            self._tail = Queries(**tail, last=None, scale=facts["scale"], softcap=facts["softcap"])
 
 
 def _selected(queries: Queries, sequences: Tensor) -> Queries:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from sparse_attn.calibrate import digest
 from sparse_attn.errors import ContractError, require, warn_once
 from sparse_attn.hf import model_id, model_rotations, runs_ours
 from sparse_attn.kept import leave
 from sparse_attn.layout import layout_of
+from sparse_attn.profile import ModelId
 
 from .budget import Budget
 from .cache import CacheLayer
 from .config import METHODS, CacheConfig, as_config
 from .report import CacheReport
+from .save import Saved, write
 from .store import Meter
 from .types import CachePolicy
 
@@ -28,6 +35,7 @@ class _Together:
 
     Attributes:
         config: of the text model; says which attention it runs.
+        mask: int64 ``[B, N]``, 0 where a token is padding; None where nobody says.
         cores: the layers that evict.
     """
 
@@ -39,9 +47,9 @@ class _Together:
         """What is padding: ``[B, N]``, 0 where it is; None where nobody says."""
         require(mask is None or mask.dim() == 2,
                 f"attention_mask must be [B, N], 1 for real tokens, got {mask is not None and mask.dim()} dimensions")
-        self._mask = None if mask is None else (mask != 0).long()
-        self._padded = mask is not None and not bool(self._mask.all())
-        self._left = not self._padded or bool((self._mask.diff(dim=1) >= 0).all())
+        self.mask = None if mask is None else (mask != 0).long()
+        self._padded = mask is not None and not bool(self.mask.all())
+        self._left = not self._padded or bool((self.mask.diff(dim=1) >= 0).all())
 
     def alone(self) -> _Together:
         """The same for other layers, yet to be named."""
@@ -51,6 +59,8 @@ class _Together:
 
     def require_served(self, core: CacheLayer, k: Tensor) -> bool:
         """Whether our attention will read this layer; raises before anything changes where somebody has to and cannot."""
+        same = core is not self.cores[0] or all(other.n_columns == core.n_columns for other in self.cores)
+        require(same, "the last forward over this cache failed half way, and its layers have seen different texts; reset() it")
         latent = bool(getattr(self.config, "kv_lora_rank", None))
         if runs_ours(self.config) and not latent:
             return True
@@ -64,7 +74,7 @@ class _Together:
             f"{reader} does not show them{remedy}, or load the model with attn_implementation='dense'"))
         require(budget.alike,
                 f"{type(budget).__name__} keeps different numbers per layer or head, which {reader} cannot read{remedy}")
-        require(batch == 1 or self._mask is not None, f"a batch of {batch} may be padded, and {reader} does not say where; give "
+        require(batch == 1 or self.mask is not None, f"a batch of {batch} may be padded, and {reader} does not say where; give "
                 "attention_mask= to the cache, all ones if nothing is")
         require(self._left, f"a row's padding is not all on the left, and {reader} would read wrong keys; pad on the left{remedy}")
         shares = batch > 1 and self._padded and getattr(budget, "ratio", None) is not None
@@ -74,11 +84,11 @@ class _Together:
 
     def real_of(self, start: int, n: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """Bounds of the real tokens among columns ``start`` to ``start + n``, by the mask that the cache was given."""
-        if self._mask is None or start >= self._mask.shape[1]:
+        if self.mask is None or start >= self.mask.shape[1]:
             return None, None
-        require(len(self._mask) == batch, f"the cache's attention_mask has {len(self._mask)} rows but {batch} sequences came; beams and "
+        require(len(self.mask) == batch, f"the cache's attention_mask has {len(self.mask)} rows but {batch} sequences came; beams and "
                 "returned sequences are rows of their own, so repeat_interleave it")
-        piece = self._mask[:, start : start + n]
+        piece = self.mask[:, start : start + n]
         piece = torch.nn.functional.pad(piece, (0, n - piece.shape[1]), value=1)
         layout = layout_of(piece, n, n)
         return layout.first, layout.last
@@ -158,6 +168,7 @@ class KVPolicyLayer(DynamicLayer):
         Raises:
             ContractError: if an eviction has seen them, here or in a later layer, or some are padding; or on a positive number.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         require(tokens_to_remove <= 0, f"crop({tokens_to_remove}) names a length; give minus the number of tokens to take back")
         for core in self._together.cores:
             if core.layer >= self.core.layer:  # Cache.crop goes from layer to layer: the first one speaks for all
@@ -183,6 +194,48 @@ class KVPolicyLayer(DynamicLayer):
 
     prefetch = offload
 
+    def packed(self) -> tuple[dict, dict[str, Tensor]]:
+        """Facts and tensors, see ``CacheLayer.packed``."""
+        return self.core.packed()
+
+    def unpack(self, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Hold what ``packed`` returned."""
+        if tensors:
+            self.lazy_initialization(tensors["k"], tensors["v"])
+        self.core.unpack(facts, tensors)
+
+
+# layers that can be saved, by name because older transformers have no DummyLayer, which reads another's keys and holds none; and
+# facts of those that are transformers' own, where they have them
+_SAVED = ("KVPolicyLayer", "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+_OWN_FACTS = ("sliding_window", "cumulative_length", "record_past")
+
+
+def _packed(layer: CacheLayerMixin) -> tuple[dict, dict[str, Tensor]]:
+    """Facts and tensors of any layer of _SAVED."""
+    if isinstance(layer, KVPolicyLayer):
+        facts, tensors = layer.packed()
+    else:
+        facts = {name: getattr(layer, name) for name in _OWN_FACTS if hasattr(layer, name)}
+        tensors = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
+    return {"kind": type(layer).__name__, **facts}, tensors
+
+
+def _unpack(layer: CacheLayerMixin, facts: dict, tensors: dict[str, Tensor]) -> None:
+    """Fill a fresh layer with what ``_packed`` returned of another."""
+    window = getattr(layer, "sliding_window", None)
+    require((facts["kind"], facts.get("sliding_window")) == (type(layer).__name__, window),
+            f"it was saved as a {facts['kind']} and is a {type(layer).__name__} here, or its window differs")
+    if isinstance(layer, KVPolicyLayer):
+        layer.unpack(facts, tensors)
+        return
+    for name in _OWN_FACTS:
+        if name in facts:
+            setattr(layer, name, facts[name])
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+
 
 class KVCache(Cache):
     """A transformers cache whose full-attention layers keep no more than a budget, or read no more than one of all they keep; other
@@ -191,8 +244,8 @@ class KVCache(Cache):
     Args:
         model: the model, or its config where no layer has to be rolled.
         config: what stays.
-        attention_mask: ``[B, >= N]`` padding mask of the prompt; needed only for padded batches under an attention implementation
-            that is not ours, which tells us itself.
+        attention_mask: ``[B, >= N]`` padding mask of the prompt, 0 on the left only; needed only for prompts that may be padded
+            under an attention implementation that is not ours, which tells us itself. A single prompt without it is not padded.
 
     Raises:
         ContractError: on a model without full-attention layers, or settings that do not fit it.
@@ -203,6 +256,7 @@ class KVCache(Cache):
         require(hasattr(whole, "get_text_config"),
                 f"a cache is made for a transformers model or its config, got {type(model).__name__}")
         self.kept, self.meter = config, Meter()
+        self._model = weakref.ref(model) if isinstance(model, PreTrainedModel) else None
         text = whole.get_text_config(decoder=True)
         self._together = _Together(text, attention_mask)
         turns = {}
@@ -241,6 +295,48 @@ class KVCache(Cache):
                 copied = copy.deepcopy(layer)
             twin.layers.append(copied)
         return twin
+
+    def save(self, folder: str | Path, *, token_ids: Tensor | None = None, overwrite: bool = False,
+             model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a folder, whole or not at all; ``load`` makes an equal one of it, as often as it is asked.
+
+        Safetensors files and a JSON manifest that only their owner can read; a process that is killed in the middle leaves what
+        was there before.
+
+        Args:
+            token_ids: ``[B, N]``, all that the cache has seen, padding included; a hash of them is kept, so that ``load`` can tell
+                another text from this one.
+            overwrite: replace the cache saved in ``folder``.
+            model: needed where the cache was made from a config.
+
+        Raises:
+            ContractError: if the folder is there already, cannot be written, or another process saves to it; if the cache is empty,
+                in the middle of a forward or a draft, or has layers that cannot be saved; or on ids that are not all it has seen.
+        """
+        model = model or (self._model and self._model())
+        require(model is not None, "the cache was made from a config, or its model is gone; give model=, so that load can compare")
+        for i, layer in enumerate(self.layers):
+            require(type(layer).__name__ in _SAVED,
+                    f"layer {i} is a {type(layer).__name__}, and only full and sliding-window attention can be saved; keep this cache in "
+                    "memory")
+        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized and hasattr(layer, "get_seq_length")}
+        require(max(lengths, default=0) > 0, "the cache is empty; prefill it first")
+        require(len(lengths) == 1,
+                f"the layers have seen {sorted(lengths)} tokens, because a forward failed half way; reset() the cache")
+        if token_ids is not None:
+            of = next(core.n_seen for core in self._together.cores if core.n_seen is not None)
+            shape = [len(of), *lengths]
+            require(list(token_ids.shape) == shape,
+                    f"token_ids are {list(token_ids.shape)} but the cache has seen {shape}; give all of them")
+        head = {"model": asdict(model_id(model)), "dtype": str(model.dtype), "rotation": _rotation_of(model),
+                "config": self.kept.to_json(), "tokens": None if token_ids is None else digest(token_ids)}
+        write(folder, head, self._pieces(), overwrite)
+
+    def _pieces(self) -> Iterator[tuple[str, dict, dict[str, Tensor]]]:
+        for i, layer in enumerate(self.layers):
+            yield f"layer_{i:03}", *_packed(layer)
+        if self._together.mask is not None:
+            yield "mask", {}, {"mask": self._together.mask}
 
     def reset(self) -> None:
         """Forget the request; also the padding mask, which was that request's."""
@@ -283,6 +379,60 @@ def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheC
     if policy is None and settings.get("decode") is None:
         policy = "snapkv"
     return KVCache(model, as_config(policy, budget, **settings), attention_mask)
+
+
+def load(folder: str | Path, model: PreTrainedModel, *, token_ids: Tensor | None = None) -> KVCache:
+    """The cache that ``cache.save(folder)`` wrote, on the device of ``model``: generation goes on as if it had never been away.
+
+    Every call makes a cache in memory of its own: ask several questions of one text that was read once.
+
+    Args:
+        model: the model that filled it: of the same shape, rotary embedding, dtype and (in float32 and bfloat16) weights. On one
+            device.
+        token_ids: ``[B, N]``, what the cache should have seen; compared with the hash that the save was given.
+
+    Raises:
+        ContractError: if there is no save, some file of it is missing, cut short or altered, or it is of another model, text or
+            version.
+
+    Example (not run here)::
+
+        cache = kvcache.make_cache(model, "snapkv", budget=2048)
+        kvcache.prefill(model, document, cache, chunk=2048)
+        cache.save("document.kv", token_ids=document)
+        for question in questions:  # today or tomorrow
+            model.generate(torch.cat([document, question], 1), past_key_values=kvcache.load("document.kv", model))
+    """
+    saved = Saved.open(folder)
+    head, names = saved.head, [name for name in saved.facts if name != "mask"]
+    was, now = ModelId(**head["model"]), model_id(model)
+    require(was.same_shape(now), f"the cache in {folder} was made by {was} but this model is {now}; prefill again")
+    require(was.same_weights(now),
+            f"the cache in {folder} was made by other weights of {was} ({was.weights}, these are {now.weights}); prefill again")
+    for name, have in (("dtype", str(model.dtype)), ("rotation", _rotation_of(model))):
+        require(head[name] == have, f"the cache in {folder} was made with {name} {head[name]} but this model has {have}; prefill again")
+    if token_ids is not None:
+        require(head["tokens"] is not None,
+                f"the cache in {folder} was saved without token_ids, so there is nothing to compare these with; leave them out")
+        require(head["tokens"] == digest(token_ids),
+                f"token_ids {list(token_ids.shape)} are not those that the cache in {folder} has seen; prefill these")
+    mask = saved.tensors("mask")["mask"] if "mask" in saved.facts else None
+    cache = KVCache(model, CacheConfig.from_json(head["config"]), mask)
+    require(len(names) == len(cache.layers),
+            f"the cache in {folder} has {len(names)} layers but one of this model {len(cache.layers)}; prefill again")
+    for name, layer in zip(names, cache.layers):
+        tensors = saved.tensors(name, model.device)
+        try:
+            _unpack(layer, saved.facts[name], tensors)
+        except (ContractError, KeyError) as error:
+            raise ContractError(f"{name} in {folder} is no layer of this model ({error}); prefill again") from error
+    return cache
+
+
+def _rotation_of(model: PreTrainedModel) -> str:
+    """The settings of a model's rotary embedding, as JSON."""
+    config = model.config.get_text_config(decoder=True)
+    return json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import ops
+from sparse_attn.errors import require
 
 # what a run may grow by before it is copied again, as a share of its length and in rows
 _GROW, _GROW_ROWS = 32, 8
@@ -210,8 +211,7 @@ class Store:
         """Make the sequences numbered ``sequences`` (int64 ``[B']``, repeats allowed) the batch."""
         sequences = sequences.cpu()
         lengths = self.lengths[sequences]
-        taken = torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts[sequences].flatten().tolist(), lengths.flatten().tolist())])
-        self._renew(taken.to(self.k.device), lengths)
+        self._renew(self._rows_of(self.starts[sequences], lengths), lengths)
 
     def shrink(self) -> None:
         """Give back the room that no run uses, but for what the next few tokens need."""
@@ -226,6 +226,41 @@ class Store:
             twin._set({name: empty_rows(t, len(t)).copy_(t) for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
                       self._bases)
         return twin
+
+    def packed(self) -> dict[str, Tensor]:
+        """``lengths``, and the rows of all runs one behind the other, in memory of their own; nothing before the first append."""
+        if self.k is None:
+            return {}
+        rows = self._rows_of(self.starts, self.lengths)
+        return {"lengths": self.lengths.clone()} | {name: _taken(t, rows) for name, t in self._tensors().items()}
+
+    def fill(self, packed: dict[str, Tensor], n_seen: Tensor) -> None:
+        """Hold what ``packed`` returned; the tensors are the store's own from now on.
+
+        Args:
+            n_seen: int64 ``[B]`` tokens of each sequence so far, evicted ones included.
+
+        Raises:
+            ContractError: if these are not the rows of a store.
+        """
+        lengths, rows = packed["lengths"].cpu(), {name: t for name, t in packed.items() if name != "lengths"}
+        require(lengths.dim() == 2 and len(lengths) == len(n_seen) and bool((lengths >= 0).all()),
+                f"lengths {list(lengths.shape)} are not those of the runs of {len(n_seen)} sequences")
+        total, missing = int(lengths.sum()), {"k", "v", "positions", "state"} - set(rows)
+        require(not missing, f"there are no rows of {', '.join(sorted(missing))}")
+        for name, t in rows.items():
+            dtype = {"positions": torch.int32, "state": torch.float32}.get(name, rows["k"].dtype)
+            dim = 2 if name in ("k", "v", "k_true") else 1
+            require((len(t), t.dim(), t.dtype) == (total, dim, dtype),
+                    f"{name} is {t.dtype} {list(t.shape)}, not {dtype} of {total} rows in {dim} dimensions")
+        # the order inside a run is not always that of the text
+        owner = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())
+        at, bound = rows["positions"].cpu().long(), n_seen.cpu()[owner // lengths.shape[1]]
+        known = (owner * (1 + int(n_seen.max())) + at).sort().values
+        require(bool(((at >= 0) & (at < bound)).all()) and bool((known.diff() > 0).all()),
+                "positions are not those of different tokens that the sequences have seen")
+        self.clear()
+        self._set(rows, lengths.flatten().cumsum(0).view_as(lengths) - lengths, lengths, lengths)
 
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
@@ -242,6 +277,11 @@ class Store:
     def _true(self, rows) -> None:
         if self.k_true is not None:
             self.k_true[rows] = self.k[rows]
+
+    def _rows_of(self, starts: Tensor, lengths: Tensor) -> Tensor:
+        """int64: all rows of these runs, one run behind the other, where the rows are."""
+        runs = zip(starts.flatten().tolist(), lengths.flatten().tolist())
+        return torch.cat([torch.arange(s, s + n) for s, n in runs]).to(self.k.device)
 
     def _set(self, rows: dict[str, Tensor], starts: Tensor, lengths: Tensor, room: Tensor, bases: Tensor | None = None) -> None:
         for name, t in rows.items():

@@ -27,13 +27,18 @@ def test_layers_without_positions_are_not_rolled():
     assert rolled.k_true is not None and plain.k_true is None
 
 
-def test_layers_that_others_read_from_keep_everything():
+def sharing():
+    """A small model two of whose layers read what others stored."""
     torch.manual_seed(0)
     sizes = TINY | dict(num_hidden_layers=6, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=24,
                         hidden_size_per_layer_input=16, vocab_size_per_layer_input=128, laurel_rank=8, altup_num_inputs=2,
                         activation_sparsity_pattern=[0.0] * 6)
     config = transformers.Gemma3nTextConfig(**sizes)
-    model, (ids, mask) = transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval(), prompt(1)
+    return transformers.Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval()
+
+
+def test_layers_that_others_read_from_keep_everything():
+    model, (ids, mask) = sharing(), prompt(1)
     expected = generate(model, None, ids, mask)[1]
     with sparse_attn.patch(model, prefill="dense"):
         cache = cache_of(model, "snapkv", 400)

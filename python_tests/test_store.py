@@ -1,13 +1,16 @@
 """The rows of a cache layer against lists of lists: whatever is done to them, the right tokens are where the tables say."""
 
+import contextlib
 import weakref
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import store as module
 from kvcache.store import Meter, Store
+from sparse_attn import ContractError
 
 
 class Lists:
@@ -47,7 +50,7 @@ def test_any_life_of_a_store(data):
     meter = Meter()
     store, lists, number = Store(meter), Lists(batch, heads), 0
     for _ in range(data.draw(st.integers(1, 12))):
-        steps = ["chunk", "token", "keep", "keep_apart", "replace", "drop", "select", "shrink", "copy"] if store.k is not None else ["chunk", "token"]
+        steps = ["chunk", "token", "keep", "keep_apart", "replace", "drop", "select", "shrink", "copy", "pack"] if store.k is not None else ["chunk", "token"]
         step = data.draw(st.sampled_from(steps))
         batch = len(lists.runs)
         lengths = [[len(run) for run in row] for row in lists.runs]
@@ -92,6 +95,17 @@ def test_any_life_of_a_store(data):
             lists.n_seen = [lists.n_seen[b] for b in chosen]
         elif step == "shrink":
             store.shrink()
+        elif step == "pack":
+            fresh, seen = Store(Meter()), torch.tensor(lists.n_seen)
+            packed = store.packed()
+            assert len(packed["k"]) == sum(map(sum, lengths))
+            # dropping what had moved to another place, as no cache does, leaves tokens that were never seen
+            at = [[[position for position, _ in run] for run in row] for row in lists.runs]
+            sound = all(len({*run}) == len(run) and max(run, default=-1) < n for row, n in zip(at, lists.n_seen) for run in row)
+            with contextlib.nullcontext() if sound else pytest.raises(ContractError, match="not those of different tokens"):
+                fresh.fill(packed, seen)
+            if sound:
+                store, meter = fresh, fresh._meter
         else:
             apart = Meter()
             twin = store.copy(apart)
