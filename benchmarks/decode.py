@@ -1,4 +1,4 @@
-"""The decode case of the kernel benchmark: one token over a long flat store."""
+"""The decode cases of the kernel benchmark: one token over a long flat store, whole or by the pages that Quest chooses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcache.cache import CacheLayer
+from kvcache.config import CacheConfig
+from kvcache.readers import Quest
+from kvcache.store import Meter
 from sparse_attn import ops
+from sparse_attn.kept import attend_kept
 from sparse_attn.ops import OPS
+from sparse_attn.patterns import Dense
+from sparse_attn.types import LayerContext
 
 from .cases import DTYPES, Shape, rms_error
 from .entries import GATE, Baseline, Entry, GateError
 
 SPREAD, PAGE, DRAFT = 16.0, 16, 5  # longest run / shortest, rows of a page, queries of a draft
+SHARE = 16  # one of so many pages is read
+_GATE_SCORE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -96,3 +105,28 @@ def paged_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
                       4.0 * shape.heads * shape.head_dim * shape.n * tokens, against)
         uniform = uniform or Baseline(entry.name, lambda call=call: call)
         yield entry
+
+
+def quest_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
+    """The scan of the digest alone, and all that a layer does about attention when a token is generated."""
+    store, q = Store(shape), Store(shape).q(1)
+    core = CacheLayer(CacheConfig(None, None, decode=Quest(max(shape.n // SHARE, 2 * PAGE), PAGE, dense_layers=())), 0, 1, Meter())
+    core.append(*(x.view(1, shape.kv_heads, shape.n, shape.head_dim) for x in store.tensors))
+    core.admit()
+    digest = core.digest
+    call_args = q, digest.low, digest.high, digest.starts, digest.pages
+    error = rms_error(ops.page_score(*call_args), ops.page_score.reference(*(x.double() for x in call_args[:3]), *call_args[3:]))
+    if not error <= _GATE_SCORE:
+        raise GateError(f"page_score at {shape.n} tokens is off by {error:.2e} (rms, relative), more than {_GATE_SCORE:.0e}; fix the "
+                        "kernel before timing it")
+    fields = {"rms_error": error, "backend": OPS["page_score"].chosen(*call_args)}
+    against = baselines(store, args)
+    scan = against | ({"read": Baseline("digest read", lambda: lambda: [x.view(torch.int64).sum() for x in (digest.low, digest.high)])}
+                      if "read" in against else {})
+    yield Entry("page_score", functools.partial(ops.page_score, *call_args), {"of": "scan", "bytes": digest.n_bytes, **fields},
+                4.0 * shape.heads * shape.head_dim * shape.n / PAGE, scan)
+    context = LayerContext(layer=0, scale=shape.scale, q_start=0)
+    step = functools.partial(attend_kept, q, core, context, Dense(), Dense())
+    step()
+    read = int(core.read.sum()) * 2 * shape.head_dim * q.element_size() + int(digest.pages.sum()) * digest.page_bytes()
+    yield Entry("page_score", step, {"of": f"scan, choose, attend 1/{SHARE}", "bytes": read, **fields}, against=against)

@@ -218,6 +218,15 @@ struct MoveRows {
 };
 void move_rows(const MoveRows& args, const Parallel& parallel);
 
+struct PageScore {
+  View q;
+  Rows low, high;  // in q's dtype
+  Runs runs;       // of pages
+  Reduce reduce;
+  float* out;  // [P], contiguous
+};
+void page_score(const PageScore& args, const Parallel& parallel);
+
 struct BlockSparseAttention {
   View q, k, v;
   const int32_t* counts;   // [B, lists, q_blocks], contiguous

@@ -7,12 +7,13 @@ from sparse_attn.handle import serve_caches
 from .budget import BUDGETS
 from .config import METHODS, CacheConfig
 from .policies import POLICIES
+from .readers import READERS
 
 # these import transformers, which takes seconds
-_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LocretCache", "PyramidKVCache", "SnapKVCache", "StreamingLLMCache", "TOVACache",
-         "load", "make_cache", "prefill")
+_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LocretCache", "PyramidKVCache", "QuestCache", "SnapKVCache", "StreamingLLMCache",
+         "TOVACache", "load", "make_cache", "prefill")
 
-__all__ = ["BUDGETS", "METHODS", "POLICIES", "CacheConfig", *_LAZY]
+__all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "CacheConfig", *_LAZY]
 
 serve_caches(lambda model, spec: importlib.import_module("kvcache.hf").installer(model, spec))
 

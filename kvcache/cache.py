@@ -1,7 +1,8 @@
-"""One layer of a cache that evicts: append, admit, observe. The only place where policy, budget and storage meet.
+"""One layer of a cache: append, admit, observe. The only place where policy, budget, reader and storage meet.
 
 A chunk of a prompt, a new turn, a drafted continuation and a single generated token all take the same way: their rows are
 appended, attention reads what was kept and them, the policy looks at what attention saw, and whatever exceeds the budget goes.
+Without a policy everything stays. With a reader a few queries read only the pages that it chooses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sparse_attn.errors import require
 from sparse_attn.kept import Queries
 
 from .config import CacheConfig
+from .digest import PageDigest
 from .store import Meter, Part, Store
 from .types import Seen
 
@@ -42,7 +44,9 @@ class CacheLayer:
         n_seen: int64 ``[B]``, real ones.
         recording: while set, eviction waits for ``crop``, so that a rejected draft can be taken back; a forward that nobody crops
             before the next one was no draft, and ends it.
-        reading: while set, a forward over a single token is a chunk of a prompt too.
+        reading: while set, a forward over a single token is a chunk of a prompt too, and no chunk is read by pages.
+        digest: what the reader knows of the pages; None for a layer that reads everything.
+        read: int32, rows of each page that the last few queries read; None before.
     """
 
     def __init__(self, config: CacheConfig, layer: int, n_layers: int, meter: Meter, turn: Turn | None = None):
@@ -54,7 +58,11 @@ class CacheLayer:
         """Forget the request: tokens, scores, counts and memory."""
         if hasattr(self, "store"):
             self.store.clear()
+            self._follow(moved=True)
         self.store = Store(self._meter)
+        reader = self.config.decode
+        self.digest = PageDigest(self._meter, reader.page) if reader is not None and not reader.reads_all(self.layer) else None
+        self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording, self.reading = 0, None, False, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
         self._opening = False  # recording: the next forward brings a prompt, its first draft behind it
@@ -84,6 +92,29 @@ class CacheLayer:
     def parts(self) -> list[Part]:
         """All runs, as few views."""
         return list(self.store.parts())
+
+    def pages(self, q: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last."""
+        starts, lengths = self.store.table()
+        by_page = self.digest is not None and not self.reading
+        chosen = self.config.decode.choose(q, lengths, self.digest, first, last) if by_page else None
+        if chosen is None:
+            starts, self.read = starts[..., None], lengths[..., None].int()
+        else:
+            page = self.config.decode.page
+            offsets = chosen.long() * page
+            self.read = (lengths[..., None] - offsets).clamp(max=page).masked_fill(chosen < 0, 0).int()
+            starts = starts[..., None] + offsets
+        return starts, self.read
+
+    def _follow(self, moved: bool = False) -> None:
+        """Let the digest see what the store holds now; ``moved``: not only the last rows are others."""
+        if self.digest is None:
+            return
+        if moved:
+            self.digest.clear()
+        if self.store.k is not None:
+            self.digest.update(self.store.k, self.store.starts, self.store.lengths)
 
     # -- the way of a chunk ---------------------------------------------------------------------------------------------------
 
@@ -121,7 +152,7 @@ class CacheLayer:
 
     def _headroom(self, n: int) -> int:
         """Rows per run to have ready besides the ``n`` that come: those of the budget, as far as more chunks like this would fill."""
-        if n == 1 or self.config.evict != "chunk":
+        if n == 1 or self.config.policy is None or self.config.evict != "chunk":
             return 0
         budget = int(self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen + n).max())
         return budget if n <= budget <= 8 * n else min(n, budget)
@@ -133,6 +164,7 @@ class CacheLayer:
             self._solid = self.n_columns + (self._appended if last is not None else int(first.max()))
         self.n_seen = self.n_seen + self._n_new
         self.n_columns += self._appended
+        self._follow()
 
     def observe(self, queries: Queries | None, in_place: bool = True) -> None:
         """Attention has read the layer: let the policy look, then evict what exceeds the budget.
@@ -142,6 +174,8 @@ class CacheLayer:
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
         self._drafted, self._opening = self.recording and not self._opening, False
+        if self.config.policy is None:
+            return
         if self._generated() and not self.config.policy.decoding:
             self._tail = None
             return
@@ -226,6 +260,7 @@ class CacheLayer:
         self._floor = self.n_columns
         if self.config.roll and self._turn is not None:
             self._roll()
+        self._follow(moved=True)
 
     def _protected(self, rank: Tensor, seen: Seen) -> Tensor:
         recent = max(self.config.recent, self.config.grace if self._appended == 1 else 0)
@@ -286,6 +321,7 @@ class CacheLayer:
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
+            self._follow()
             self._forget_queries(n - self._appended if self._held else n)
         if self._held:
             self._accept(n)
@@ -317,6 +353,7 @@ class CacheLayer:
         if self.store.k is None:
             return
         self.store.select(sequences)
+        self._follow(moved=True)
         on_host = sequences.cpu()
         self.n_seen = self.n_seen[on_host]
         self._n_new = None if self._n_new is None else self._n_new[on_host]
@@ -326,8 +363,9 @@ class CacheLayer:
         """The same layer in memory of its own."""
         twin = CacheLayer(self.config, self.layer, self.n_layers, meter, self._turn)
         store = self.store.copy(meter)
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store")})
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store", "digest")})
         twin.store = store
+        twin._follow()
         return twin
 
     # -- the folder -----------------------------------------------------------------------------------------------------------
@@ -362,6 +400,7 @@ class CacheLayer:
         tail = {name: tensors.pop(f"tail_{name}", None) for name in _TAIL}
         self.n_seen, self._n_new = (tensors.pop(name).cpu() for name in ("n_seen", "n_new"))
         self.store.fill(tensors, self.n_seen)
+        self._follow()
         self.n_columns, self.recording = facts["columns"], facts["recording"]
         for name in _FACTS:
             setattr(self, f"_{name}", facts[name])

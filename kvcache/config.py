@@ -9,14 +9,17 @@ from sparse_attn.errors import ContractError, require
 
 from .budget import BUDGETS, Budget
 from .policies import POLICIES
-from .types import CachePolicy
+from .readers import READERS
+from .types import CachePolicy, PageReader
 
-# methods that are a policy with a budget of their own: name -> (policy, budget)
-METHODS = {name: (name, "uniform") for name in POLICIES} | {
+# a policy with a budget of its own: name -> (policy, budget)
+_EVICTING = {name: (name, "uniform") for name in POLICIES} | {
     "pyramidkv": ("snapkv", "pyramid"),
     "adakv": ("snapkv", "per_head"),
     "duo": ("streaming", "duo_heads"),
 }
+# every name that ``make_cache`` takes
+METHODS = (*_EVICTING, *READERS)
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class CacheConfig:
     """What a cache keeps, and when it decides.
 
     Attributes:
-        policy: ranks tokens.
-        budget: how many stay.
+        policy: ranks tokens; None keeps everything.
+        budget: how many stay; None without a policy.
         sinks: first tokens of a sequence that always stay, whatever a share of its tokens comes to; None for what the policy is
             used to.
         recent: last tokens that always stay, likewise; None for what the policy is used to.
@@ -35,18 +38,23 @@ class CacheConfig:
         prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token, or
             could mistake a chunk of one token for it.
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
+        decode: which pages of what is kept a few queries read, generated tokens and drafts; None for all.
     """
 
-    policy: CachePolicy
-    budget: Budget
+    policy: CachePolicy | None
+    budget: Budget | None
     sinks: int | None = None
     recent: int | None = None
     grace: int = 0
     evict: str = "chunk"
     prompt_length: int | None = None
     roll: bool = False
+    decode: PageReader | None = None
 
     def __post_init__(self):
+        require(self.decode is None or hasattr(self.decode, "choose"), f"decode={self.decode!r} is no reader; names go to make_cache")
+        if self.policy is None:
+            return self._keep_everything()
         made = hasattr(self.policy, "rank") and isinstance(self.budget, Budget)
         require(made, f"CacheConfig takes a policy and a budget, got {self.policy!r} and {self.budget!r}; names and numbers go to "
                 "make_cache")
@@ -68,6 +76,18 @@ class CacheConfig:
         if hasattr(self.policy, "require_budget"):
             self.policy.require_budget(self.budget)
         self.budget.require_room(self.protected)
+        require(self.decode is None or not self.policy.decoding,
+                f"{type(self.policy).__name__} evicts while tokens are generated, and what is known of a page would be wrong by the next "
+                "token; with decode= use a policy that evicts the prompt only, such as snapkv")
+
+    def _keep_everything(self) -> None:
+        require(self.decode is not None, "CacheConfig takes a policy and a budget, or decode= to keep everything; got none of them")
+        require(self.budget is None, "a budget needs a policy, which says what has to go; name one, or leave the budget out")
+        for field in fields(self):
+            useless = field.name not in ("policy", "budget", "decode") and getattr(self, field.name) not in (field.default, 0)
+            require(not useless, f"{field.name} says how to evict, but without a policy everything stays; leave it out")
+        for name in ("sinks", "recent"):
+            object.__setattr__(self, name, 0)
 
     @property
     def protected(self) -> int:
@@ -77,7 +97,7 @@ class CacheConfig:
     def to_json(self) -> dict:
         """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS)}
+        return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS), "decode": _named(self.decode, READERS)}
 
     @classmethod
     def from_json(cls, value: dict) -> CacheConfig:
@@ -85,16 +105,21 @@ class CacheConfig:
         require(isinstance(value, dict), f"a cache config is a dict, got {type(value).__name__}")
         _require_known(value, [f.name for f in fields(cls)], "the cache config")
         require("policy" in value and "budget" in value, f"a cache config needs policy and budget, got {_listed(value) or 'nothing'}")
-        return cls(**value | {"policy": _made(value["policy"], POLICIES, "policy"), "budget": _made(value["budget"], BUDGETS, "budget")})
+        made = {name: _made(value.get(name), table, what) for name, table, what in (
+            ("policy", POLICIES, "policy"), ("budget", BUDGETS, "budget"), ("decode", READERS, "way to read less"))}
+        return cls(**value | made)
 
 
-def as_config(policy: CachePolicy | str | dict, budget: Budget | int | float | dict | None, **settings) -> CacheConfig:
+def as_config(policy: CachePolicy | str | dict | None, budget: Budget | int | float | dict | None, **settings) -> CacheConfig:
     """The config that a method's name, a size and loose arguments describe.
 
     Args:
-        policy: a policy; the name of a method (``METHODS``); or its JSON form, a dict with ``name`` and arguments.
+        policy: a policy; the name of a method (``METHODS``); or its JSON form, a dict with ``name`` and arguments. None, with decode=,
+            keeps everything, and so does the name of a reader.
         budget: tokens per KV head; a share of the prompt below 1; a budget; or its JSON form. None where the method says it all.
-        settings: fields of CacheConfig, of the policy and of the method's budget.
+            Where everything is kept, the tokens that a step reads.
+        settings: fields of CacheConfig, of the policy and of the method's budget; or of the reader, where everything is kept.
+            ``decode`` is a reader, its name, or its JSON form.
 
     duo takes ``full``, the heads that keep everything, or ``profile``, the file that ``python -m sparse_attn.calibrate`` wrote.
 
@@ -107,19 +132,30 @@ def as_config(policy: CachePolicy | str | dict, budget: Budget | int | float | d
         >>> as_config("snapkv", 2048, windw=32)
         Traceback (most recent call last):
         ...
-        sparse_attn.errors.ContractError: snapkv has no argument 'windw'; it has evict, grace, prompt_length, recent, roll, sinks, \
-decay, kernel, pool, reduce, window
+        sparse_attn.errors.ContractError: snapkv has no argument 'windw'; it has decode, evict, grace, prompt_length, recent, roll, \
+sinks, decay, kernel, pool, reduce, window
+        >>> as_config("quest", 512) == as_config(None, 512, decode="quest")
+        True
+        >>> as_config("snapkv", 4096, decode={"name": "quest", "budget": 512}).decode.budget
+        512
     """
     own = {f.name for f in fields(CacheConfig)} - {"policy", "budget"}
     if isinstance(policy, dict):
         require("name" in policy, f"the policy has no 'name' in {policy}; there are {_listed(METHODS)}")
         settings = {key: v for key, v in policy.items() if key != "name"} | settings
         policy = policy["name"]
+    decode = settings.pop("decode", None)
+    if isinstance(policy, str) and policy in READERS:
+        require(decode is None, f"{policy} says how to read, and so does decode=; leave one of them out")
+        policy, decode = None, policy
+    if policy is None:
+        require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of {_listed(READERS)}")
+        return CacheConfig(None, None, decode=_as_reader(decode, settings | ({"budget": budget} if budget is not None else {})))
     name, kind = (policy, "uniform") if isinstance(policy, str) else (type(policy).__name__, "uniform")
     takes_policy: set[str] = set()
     if isinstance(policy, str):
         require(policy in METHODS, f"{policy!r}: no such cache policy; there are {_listed(METHODS)}")
-        made_by, kind = POLICIES[METHODS[policy][0]], METHODS[policy][1]
+        made_by, kind = POLICIES[_EVICTING[policy][0]], _EVICTING[policy][1]
         takes_policy = {f.name for f in fields(made_by)}
     sized = not isinstance(budget, Budget | dict)
     takes_budget = _takes(kind) - {"tokens", "ratio"} if sized else set()
@@ -136,7 +172,16 @@ decay, kernel, pool, reduce, window
         budget = _sized(kind, budget, of_budget)
     elif isinstance(budget, dict):
         budget = _made(budget, BUDGETS, "budget")
-    return CacheConfig(policy, budget, **settings)
+    return CacheConfig(policy, budget, decode=_as_reader(decode, {}), **settings)
+
+
+def _as_reader(decode: PageReader | str | dict | None, arguments: dict) -> PageReader | None:
+    if isinstance(decode, str):
+        decode = {"name": decode}
+    if isinstance(decode, dict):
+        return _made({**decode, **arguments}, READERS, "way to read less")
+    require(not arguments, f"{type(decode).__name__} says itself how to read; leave {_listed(arguments)} out")
+    return decode
 
 
 def _sized(kind: str, size: int | float | None, arguments: dict) -> Budget:
@@ -178,7 +223,9 @@ def _build(make: Callable, name: str, arguments: dict):
         raise ContractError(f"{name} cannot take {arguments}: {error}") from error
 
 
-def _named(value, table: dict[str, type]) -> dict:
+def _named(value, table: dict[str, type]) -> dict | None:
+    if value is None:
+        return None
     name = next((n for n, cls in table.items() if type(value) is cls), None)
     require(name is not None, f"{type(value).__name__} has no JSON form; there are {_listed(table)}")
     return {"name": name} | asdict(value)

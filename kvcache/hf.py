@@ -67,6 +67,8 @@ class _Together:
         budget, policy, batch = core.config.budget, type(core.config.policy).__name__, k.shape[0]
         reader = "a cache of latents" if latent else f"attention {self.config._attn_implementation!r}"
         remedy = "" if latent else "; call sparse_attn.patch(model, prefill='dense')"
+        require(core.config.decode is None, f"{type(core.config.decode).__name__} reads pages of keys, which {reader} "
+                + ("does not hold; leave decode= out" if latent else f"cannot{remedy}"))
         require(not core.config.policy.needs, f"{policy} ranks tokens by queries, and " + (
             "this model caches latents that have none; use streaming, knorm, keydiff or random" if latent else
             f"{reader} does not show them{remedy}, or load the model with attn_implementation='dense'"))
@@ -236,7 +238,8 @@ def _unpack(layer: CacheLayerMixin, facts: dict, tensors: dict[str, Tensor]) -> 
 
 
 class KVCache(Cache):
-    """A transformers cache whose full-attention layers keep no more than a budget; other layers keep transformers' own classes.
+    """A transformers cache whose full-attention layers keep no more than a budget, or read no more than one of all they keep; other
+    layers keep transformers' own classes.
 
     Args:
         model: the model, or its config where no layer has to be rolled.
@@ -258,7 +261,7 @@ class KVCache(Cache):
         self._together = _Together(text, attention_mask)
         turns = {}
         wanted_by = "roll=True" if config.roll else type(config.policy).__name__
-        if config.roll or "turn" in config.policy.needs:
+        if config.roll or "turn" in getattr(config.policy, "needs", ()):
             require(isinstance(model, PreTrainedModel),
                     f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
             turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
@@ -269,7 +272,12 @@ class KVCache(Cache):
         shared = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
         own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and shared[i] is None]
         require(bool(own), f"{type(whole).__name__} has no full-attention layer to evict from; use transformers' own cache")
-        config.budget.require_model(len(layers), getattr(text, "num_key_value_heads", None))
+        reader = config.decode
+        require(reader is None or not all(map(reader.reads_all, own)),
+                f"{type(reader).__name__} would read everything: of this model only layers {', '.join(map(str, own))} attend to the whole text; "
+                "leave one of them out of its dense_layers")
+        if config.budget is not None:
+            config.budget.require_model(len(layers), getattr(text, "num_key_value_heads", None))
         for i in own:
             layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turns.get(i)), self._together)
         super().__init__(layers=layers)
@@ -340,16 +348,18 @@ class KVCache(Cache):
         return CacheReport.of(self._together.cores, self.meter)
 
 
-def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig = "snapkv",
+def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig | None = None,
                budget: Budget | int | float | dict | None = None, *, attention_mask: Tensor | None = None, **settings) -> KVCache:
-    """A cache for ``model`` that keeps what ``policy`` ranks highest, within ``budget``.
+    """A cache for ``model`` that keeps what ``policy`` ranks highest, within ``budget``; or keeps everything and reads little of it.
 
     Args:
         model: a transformers model, patched or not.
-        policy: a method's name (``kvcache.METHODS``), a policy, its JSON form, or a whole CacheConfig.
-        budget: tokens per KV head; a share of the tokens seen so far if not above 1.0; a budget; or its JSON form.
+        policy: a method's name (``kvcache.METHODS``), a policy, its JSON form, or a whole CacheConfig. None is snapkv, or with
+            ``decode=`` everything.
+        budget: tokens per KV head; a share of the tokens seen so far if not above 1.0; a budget; or its JSON form. Where everything
+            is kept, the tokens per KV head that a generated token reads.
         attention_mask: see KVCache.
-        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll), of the policy and of its budget.
+        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll, decode), of the policy and of its budget.
 
     Raises:
         ContractError: on unknown names or arguments, or sizes that contradict each other.
@@ -360,10 +370,14 @@ def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheC
         with sparse_attn.patch(model, prefill="xattention"):
             model.generate(**inputs, past_key_values=cache, prefill_chunk_size=2048)
         print(cache.report())
+        cache = kvcache.make_cache(model, decode="quest", budget=2048)  # keeps everything
+        cache = kvcache.make_cache(model, "snapkv", 16384, decode={"name": "quest", "budget": 1024})  # evicts, then reads little
     """
     if isinstance(policy, CacheConfig):
         require(budget is None and not settings, "a CacheConfig says everything; leave budget and the other settings out")
         return KVCache(model, policy, attention_mask)
+    if policy is None and settings.get("decode") is None:
+        policy = "snapkv"
     return KVCache(model, as_config(policy, budget, **settings), attention_mask)
 
 
@@ -454,7 +468,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova"), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest"), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
@@ -481,6 +495,7 @@ PyramidKVCache = _named("PyramidKVCache", "pyramidkv", "SnapKV, more tokens in l
 AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that spread (Ada-KV, arXiv:2407.11550).")
 TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
 LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
+QuestCache = _named("QuestCache", "quest", "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:

@@ -18,6 +18,9 @@ class LayerReport:
         fewest, most: tokens of the shortest and of the longest run.
         seen: tokens per sequence so far, mean; padding aside.
         n_bytes: allocated, room to grow included.
+        step_bytes: keys, values and digests of pages that the last call of few queries (``sparse_attn.kept.FEW_QUERIES``) read, all
+            sequences; 0 before the first.
+        dense_step_bytes: the same if it had read everything that is kept.
     """
 
     layer: int
@@ -26,17 +29,30 @@ class LayerReport:
     most: int
     seen: float
     n_bytes: int
+    step_bytes: int = 0
+    dense_step_bytes: int = 0
+
+    @classmethod
+    def of(cls, core: CacheLayer) -> LayerReport:
+        """Of this layer, which is not empty."""
+        store, digest, lengths = core.store, core.digest, core.store.lengths
+        row = sum(t.shape[1] * t.element_size() for t in (store.k, store.v))
+        read = 0 if core.read is None else int(core.read.sum()) * row
+        if digest is not None and core.read is not None and core.read.shape[2] > 1:
+            read += int(digest.pages.sum()) * digest.page_bytes()
+        return cls(core.layer, float(lengths.double().mean()), int(lengths.min()), int(lengths.max()), float(core.n_seen.double().mean()),
+                   store.n_bytes + (0 if digest is None else digest.n_bytes), read, 0 if core.read is None else int(lengths.sum()) * row)
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers that evict.
+    """All layers with attention over the whole text.
 
     Attributes:
         layers: one row each.
         n_bytes: held now.
         peak_bytes: the most that was held at any time since the cache was made.
-        token_bytes: per token, all KV heads and layers: keys, values, position and score.
+        token_bytes: per token, all KV heads and layers: keys, values, position and score, and its share of the digest of its page.
     """
 
     layers: tuple[LayerReport, ...]
@@ -48,12 +64,9 @@ class CacheReport:
     def of(cls, cores: list[CacheLayer], meter: Meter) -> CacheReport:
         """Of these layers, counted by this meter."""
         filled = [core for core in cores if core.store.k is not None]
-        rows = tuple(
-            LayerReport(core.layer, float(n.double().mean()), int(n.min()), int(n.max()), float(core.n_seen.double().mean()), core.store.n_bytes)
-            for core in filled
-            for n in [core.store.lengths]
-        )
-        return cls(rows, meter.now, meter.peak, sum(c.store.row_bytes() * c.store.lengths.shape[1] for c in filled))
+        a_row = (c.store.row_bytes() + (0 if c.digest is None else c.digest.page_bytes() // c.digest.page) for c in filled)
+        token = sum(n * c.store.lengths.shape[1] for n, c in zip(a_row, filled))
+        return cls(tuple(LayerReport.of(core) for core in filled), meter.now, meter.peak, token)
 
     def formula(self, tokens: float, batch: int = 1) -> int:
         """Bytes of ``tokens`` per KV head in every layer: ``budget + chunk`` for the peak of a prefill in chunks."""
@@ -64,9 +77,21 @@ class CacheReport:
         """Kept per KV head, mean over the layers."""
         return sum(row.tokens for row in self.layers) / len(self.layers) if self.layers else 0.0
 
+    @property
+    def step_bytes(self) -> int:
+        """Read by the last step of few queries, all layers; see ``LayerReport``."""
+        return sum(row.step_bytes for row in self.layers)
+
+    @property
+    def dense_step_bytes(self) -> int:
+        """The same if it had read everything that is kept."""
+        return sum(row.dense_step_bytes for row in self.layers)
+
     def __str__(self) -> str:
-        lines = ["layer     kept  (fewest..most)        seen       MiB"]
+        lines = ["layer     kept  (fewest..most)        seen       MiB   step MiB"]
         for r in self.layers:
             spread = f"{r.fewest}..{r.most}"
-            lines.append(f"{r.layer:>5}  {r.tokens:>7.0f}  {spread:>14}  {r.seen:>10.0f}  {r.n_bytes / 2**20:>8.2f}")
-        return "\n".join([*lines, f"now {self.n_bytes / 2**20:.2f} MiB, peak {self.peak_bytes / 2**20:.2f} MiB, {self.token_bytes} bytes per token"])
+            lines.append(f"{r.layer:>5}  {r.tokens:>7.0f}  {spread:>14}  {r.seen:>10.0f}  {r.n_bytes / 2**20:>8.2f}  {r.step_bytes / 2**20:>9.3f}")
+        held = f"now {self.n_bytes / 2**20:.2f} MiB, peak {self.peak_bytes / 2**20:.2f} MiB, {self.token_bytes} bytes per token"
+        step = f"; the last step read {self.step_bytes / 2**20:.3f} of {self.dense_step_bytes / 2**20:.3f} MiB"
+        return "\n".join([*lines, held + (step if self.dense_step_bytes else "")])

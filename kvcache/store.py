@@ -223,7 +223,7 @@ class Store:
         """The same tokens in memory of their own, counted by ``meter``."""
         twin = Store(meter)
         if self.k is not None:
-            twin._set({name: _empty(t, len(t)).copy_(t) for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
+            twin._set({name: empty_rows(t, len(t)).copy_(t) for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
                       self._bases)
         return twin
 
@@ -265,7 +265,7 @@ class Store:
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
         if self.k_true is None:
-            self.k_true = _empty(self.k, len(self.k)).copy_(self.k)
+            self.k_true = empty_rows(self.k, len(self.k)).copy_(self.k)
             self._meter.add(self.k_true.numel() * self.k_true.element_size())
 
     # -- memory ---------------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ class Store:
         n = int(room.sum())
         bases = room.flatten().cumsum(0).view_as(room) - room
         counters = (torch.empty(0, dtype=dtype, device=k.device) for dtype in (torch.int32, torch.float32))
-        rows = {name: _empty(like, n) for name, like in zip(("k", "v", "positions", "state"), (k, v, *counters))}
+        rows = {name: empty_rows(like, n) for name, like in zip(("k", "v", "positions", "state"), (k, v, *counters))}
         self._set(rows, bases.clone(), self.lengths, room, bases)
 
     def _make_room(self, n: int, headroom: int) -> None:
@@ -336,7 +336,7 @@ class Store:
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
         for name in list(self._tensors()):
             old = getattr(self, name)
-            new = _empty(old, int(room.sum()))
+            new = empty_rows(old, int(room.sum()))
             self._meter.add(new.numel() * new.element_size())
             for source, target, n in runs:
                 new[target : target + n] = old[source : source + n]
@@ -366,14 +366,14 @@ class Store:
         return Part(rows, heads, view(self.k), view(self.v))
 
 
-def _empty(like: Tensor, n: int) -> Tensor:
+def empty_rows(like: Tensor, n: int) -> Tensor:
     """``n`` rows like those of a tensor, that may be written whether or not gradients or inference mode are on at the time."""
     with torch.inference_mode(False):
         return torch.empty(n, *like.shape[1:], dtype=like.dtype, device=like.device)
 
 
 def _taken(t: Tensor, rows: Tensor) -> Tensor:
-    return torch.index_select(t, 0, rows, out=_empty(t, len(rows)))
+    return torch.index_select(t, 0, rows, out=empty_rows(t, len(rows)))
 
 
 def _growth(lengths: Tensor) -> Tensor:

@@ -143,3 +143,41 @@ class Budget(Protocol):
     def require_model(self, n_layers: int, kv_heads: int | None) -> None:
         """Raise ContractError if the budget is for a model of other numbers of layers or (where known) KV heads."""
         ...
+
+
+class Pages(Protocol):
+    """What is known of the pages of a layer without reading them; see ``kvcache.digest``.
+
+    Attributes:
+        low, high: ``[P, D]`` smallest and largest value of each channel over the keys of a page.
+        starts, pages: int64 ``[B, Hkv]`` on the host: first page and pages of each run.
+    """
+
+    low: Tensor
+    high: Tensor
+    starts: Tensor
+    pages: Tensor
+
+
+class PageReader(Protocol):
+    """Says which pages of a layer a few queries read; frozen, so that one serves all layers and requests.
+
+    Attributes:
+        page: tokens of a page, counted from the first that a head keeps.
+    """
+
+    page: int
+
+    def reads_all(self, layer: int) -> bool:
+        """Whether a layer of the model reads everything, and needs no digest."""
+        ...
+
+    def choose(self, q: Tensor, lengths: Tensor, digest: Pages, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+        """int32 ``[B, Hkv, slots]``: numbers of the pages to read, ascending, -1 behind them; None for all.
+
+        Args:
+            q: ``[B, H, Nq, D]``, whose real queries' tokens are the last rows of each run; their pages are among those chosen.
+            lengths: int64 ``[B, Hkv]`` rows of each run, where q is; the digest has seen them.
+            first, last: int32 ``[B]``, the real queries of each sequence; None for all.
+        """
+        ...

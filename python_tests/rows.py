@@ -99,6 +99,8 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
         "key_mass": (q, store, torch.full((2, 4, 70), 5.0), *stored, 0.125, 5.0, 40, "max", *real),
         "merge_attention": (torch.stack([q, -q]), torch.randn(2, 2, 4, 70)),
         "move_rows": (torch.rand(40, 3).to(dtype), torch.tensor([3, 4, 9, 30]), torch.tensor([1, 3, 4, 5])),
+        "page_score": (q[:, :, :5], store[:40], store[:40] + 1, *runs, "mean",
+                       *(torch.tensor(bound).int() for bound in ([0, 2], [5, 4]))),
         "paged_attention": (q[:, :, :5], k[0, 0], v[1, 1], torch.tensor([[[0, 60], [9, 0]]] * 2),
                             torch.tensor([[[40, 30], [81, 0]]] * 2).int(), 0.125, True, 5.0, torch.randn(4),
                             *(torch.tensor(bound).int() for bound in ([0, 2], [5, 4])), torch.randn(90)),

@@ -28,6 +28,7 @@ SETTINGS = {
     "adakv": dict(window=8, kernel=3),
     "chunkkv": dict(inner="tova", chunk=4),
     "heavy_hitter": dict(recent=8),
+    "quest": dict(dense_layers=()),
     "duo": dict(full=((False, True), (True, True)), sink=4, recent=12),
 }
 SCORE_FREE = ["streaming", "knorm", "keydiff", "random"]

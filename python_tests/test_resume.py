@@ -74,9 +74,11 @@ def one_token(model, cache, mask) -> tuple[torch.Tensor, list[tuple]]:
 
 
 def assert_alike(mine: dict, theirs: dict) -> None:
-    """Attributes of two layers, but for the rows, who counts them, and what is written before it is read."""
+    """Attributes of two layers, but for the rows, what is made of them, who counts them, which were read last, and what is written
+    before it is read.
+    """
     assert mine.keys() == theirs.keys()
-    for name in mine.keys() - {"store", "_meter", "_turn", "_before"}:
+    for name in mine.keys() - {"store", "digest", "read", "_meter", "_turn", "_before"}:
         a, b = mine[name], theirs[name]
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), name

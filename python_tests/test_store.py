@@ -133,7 +133,7 @@ def test_new_memory_counts_beside_the_old_one():
 
 def test_growing_holds_one_tensor_twice_at_a_time(monkeypatch):
     store = filled(Meter())
-    old, alive, make = weakref.ref(store.k), [], module._empty
-    monkeypatch.setattr(module, "_empty", lambda like, n: (alive.append(old() is not None), make(like, n))[1])
+    old, alive, make = weakref.ref(store.k), [], module.empty_rows
+    monkeypatch.setattr(module, "empty_rows", lambda like, n: (alive.append(old() is not None), make(like, n))[1])
     store.append(torch.zeros(1, 1, 100, 8), torch.zeros(1, 1, 100, 8))
     assert alive == [True, False, False, False]

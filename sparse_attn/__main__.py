@@ -42,6 +42,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
         "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
         "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
+        "page_score": lambda: (q[:, :, -1:], *[k[0, :, ::_BLOCK].flatten(0, 1)] * 2, *(table // _BLOCK for table in runs)),
         "paged_attention": lambda: (q[:, :, -1:], *[k.flatten(0, 2)] * 2, runs[0][..., None], runs[1][..., None].int(), scale),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),

@@ -17,7 +17,7 @@ from . import ops
 from .attention import Attended, sparse_attention
 from .types import LayerContext, ResidentKV, Selector
 
-# at most this many queries are attended run by run at memory speed, without building lists
+# at most this many queries are attended run by run, or page by page, at memory speed
 FEW_QUERIES = 16
 
 _notes = threading.local()
@@ -70,6 +70,12 @@ class KeptKV(Protocol):
     def parts(self) -> list[Part]:
         """All runs, as few views."""
 
+    def pages(self, q: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last.
+
+        q is ``[B, H, Nq, D]``; int32 ``[B]`` bounds say which queries are real, None for all.
+        """
+
     def observe(self, queries: Queries) -> None:
         """Attention is over: score, evict."""
 
@@ -119,9 +125,8 @@ def attend_kept(q: Tensor, kept: KeptKV, ctx: LayerContext, selector: Selector, 
     """
     batch, heads, n_q, _ = q.shape
     if n_q <= FEW_QUERIES:
-        starts, lengths = kept.table()
-        out, lse = ops.paged_attention(q, kept.k, kept.v, starts[..., None], lengths[..., None].int(), ctx.scale, True, ctx.softcap,
-                                       ctx.sinks, ctx.first, ctx.last)
+        pages = kept.pages(q, ctx.first, ctx.last)
+        out, lse = ops.paged_attention(q, kept.k, kept.v, *pages, ctx.scale, True, ctx.softcap, ctx.sinks, ctx.first, ctx.last)
         return KeptAttended(out, lse, [])
     parts = list(kept.parts())
     group = heads // sum(p.k.shape[1] for p in parts if p.rows.start == 0)

@@ -39,6 +39,8 @@ def figures(cache: Cache, batch: int, turns: list[int], chunk: int | None) -> di
 def most(cache: KVCache, text: int, chunk: int | None) -> tuple[str, int]:
     """How the most that an evicting cache holds of a text is counted, and how many tokens per KV head that makes in all layers."""
     config, layers, seen = cache.kept, [row.layer for row in cache.report().layers], torch.tensor([text])
+    if config.budget is None:
+        return ALL, len(layers) * text
     budgets = [min(text, int(config.budget.layer_tokens(layer, len(cache.layers), seen))) for layer in layers]
     piece = min(chunk or text, text)
     if piece == text:

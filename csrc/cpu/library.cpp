@@ -261,6 +261,17 @@ Reduce reduce_of(const std::string& name) {
                   kParallel);
 }
 
+[[maybe_unused]] void run_page_score(Tensor out, Tensor q, Tensor low, Tensor high, Tensor starts, Tensor pages,
+                                     std::string reduce, OptionalTensor q_first, OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), count(pages, ScalarType::Long);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {low.size(0)}, "score");
+  page_score({view(q), rows_of(low, "low"), rows_of(high, "high"),
+              {start.data<int64_t>(), count.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}},
+              reduce_of(reduce), output<float>(out, ScalarType::Float, "score")},
+             kParallel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
@@ -307,6 +318,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("paged_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor counts, float scale, "
         "bool causal, float softcap, Tensor? sinks, Tensor? q_first, Tensor? q_last, Tensor? bias) -> ()");
   m.impl("paged_attention", TORCH_BOX(&run_paged_attention));
+  m.def("page_score(Tensor(a!) out, Tensor q, Tensor low, Tensor high, Tensor starts, Tensor pages, str reduce, Tensor? q_first, "
+        "Tensor? q_last) -> ()");
+  m.impl("page_score", TORCH_BOX(&run_page_score));
 }
 
 }  // namespace SA_NAMESPACE

@@ -7,6 +7,7 @@ from .keep_top import keep_top
 from .key_mass import key_mass
 from .merge_attention import merge_attention
 from .move_rows import move_rows
+from .page_score import page_score
 from .paged_attention import paged_attention
 from .pool_blocks import pool_blocks
 from .pooled_score import pooled_score
@@ -18,5 +19,5 @@ from .window_mass import window_mass
 from .window_score import window_score
 
 __all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "key_mass", "merge_attention",
-           "move_rows", "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score",
+           "move_rows", "page_score", "paged_attention", "pool_blocks", "pooled_score", "select_blocks", "select_global", "strided_score",
            "use_backend", "window_mass", "window_score"]
