@@ -33,7 +33,7 @@ class CacheConfig:
             used to.
         recent: last tokens that always stay, likewise; None for what the policy is used to.
         grace: like ``recent``, while tokens are generated one at a time: a new token cannot go before so many others came.
-        evict: "chunk" after every forward over more than one token, so that no more than budget + chunk is ever held; "prompt"
+        evict: "chunk" after every forward over more than one token, so that a prompt is held as budget + chunk at the most; "prompt"
             only once the prompt is complete, which costs its whole length and scores every token with the whole prompt known.
         prompt_length: tokens of the prompt, padding included, where "prompt" should not wait for the first generated token, or
             could mistake a chunk of one token for it.

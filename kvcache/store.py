@@ -200,7 +200,7 @@ class Store:
         sources = (self.starts + self.lengths - 1)[where].to(self.k.device)
         targets = (self.starts.to(self.k.device) + victims)[where.to(self.k.device)]
         for t in self._tensors().values():
-            t.index_copy_(0, targets, t.index_select(0, sources))
+            ops.move_rows(t, sources, targets)
         self.lengths = self.lengths - where.long()
 
     def drop(self, n: Tensor) -> None:
@@ -223,8 +223,8 @@ class Store:
         """The same tokens in memory of their own, counted by ``meter``."""
         twin = Store(meter)
         if self.k is not None:
-            twin._set({name: empty_rows(t, len(t)).copy_(t) for name, t in self._tensors().items()}, self.starts.clone(), self.lengths.clone(), self._room,
-                      self._bases)
+            rows = {name: empty_rows(t, len(t)).copy_(t) for name, t in self._tensors().items()}
+            twin._set(rows, self.starts.clone(), self.lengths.clone(), self._room, self._bases)
         return twin
 
     def packed(self) -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ class Store:
         require(bool(((at >= 0) & (at < bound)).all()) and bool((known.diff() > 0).all()),
                 "positions are not those of different tokens that the sequences have seen")
         self.clear()
-        self._set(rows, lengths.flatten().cumsum(0).view_as(lengths) - lengths, lengths, lengths)
+        self._set(rows, _side_by_side(lengths), lengths, lengths)
 
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
@@ -292,13 +292,13 @@ class Store:
 
     def _renew(self, sources: Tensor, lengths: Tensor) -> None:
         """Move to new memory that holds the rows ``sources`` (run by run) and no room; both exist until it is done."""
-        old, ends = self.n_bytes, lengths.flatten().cumsum(0).view_as(lengths)
-        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, ends - lengths, lengths, lengths)
+        old = self.n_bytes
+        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, _side_by_side(lengths), lengths, lengths)
         self._meter.add(-old)
 
     def _allocate(self, k: Tensor, v: Tensor, room: Tensor) -> None:
         n = int(room.sum())
-        bases = room.flatten().cumsum(0).view_as(room) - room
+        bases = _side_by_side(room)
         counters = (torch.empty(0, dtype=dtype, device=k.device) for dtype in (torch.int32, torch.float32))
         rows = {name: empty_rows(like, n) for name, like in zip(("k", "v", "positions", "state"), (k, v, *counters))}
         self._set(rows, bases.clone(), self.lengths, room, bases)
@@ -313,26 +313,23 @@ class Store:
             spare = _growth(self.lengths) if n == 1 else (headroom - self.lengths).clamp(min=0).minimum(self.lengths)
             self._reallocate(wanted + spare)
             return
-        packed = self.lengths.flatten().cumsum(0).view_as(self.lengths) - self.lengths
-        self._move_runs(packed, descending=False)
+        self._move_runs(_side_by_side(self.lengths), descending=False)
         spare = (len(self.positions) - int(wanted.sum())) // wanted.numel()
         self._room = wanted + spare
-        self._bases = self._room.flatten().cumsum(0).view_as(wanted) - self._room
+        self._bases = _side_by_side(self._room)
         self._move_runs(self._bases, descending=True)
 
     def _move_runs(self, starts: Tensor, descending: bool) -> None:
-        runs = list(zip(self.starts.flatten().tolist(), starts.flatten().tolist(), self.lengths.flatten().tolist()))
-        sources = torch.cat([torch.arange(s, s + n) for s, _, n in runs])
-        targets = torch.cat([torch.arange(t, t + n) for _, t, n in runs])
+        sources, targets = self._rows_of(self.starts, self.lengths), self._rows_of(starts, self.lengths)
         if descending:
             sources, targets = sources.flip(0), targets.flip(0)
         for t in self._tensors().values():
-            ops.move_rows(t, sources.to(t.device), targets.to(t.device))
+            ops.move_rows(t, sources, targets)
         self.starts = starts.clone()
 
     def _reallocate(self, room: Tensor) -> None:
         """Move every run to the start of a segment of ``room`` rows, one tensor at a time so that little exists twice."""
-        bases = room.flatten().cumsum(0).view_as(room) - room
+        bases = _side_by_side(room)
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
         for name in list(self._tensors()):
             old = getattr(self, name)
@@ -374,6 +371,11 @@ def empty_rows(like: Tensor, n: int) -> Tensor:
 
 def _taken(t: Tensor, rows: Tensor) -> Tensor:
     return torch.index_select(t, 0, rows, out=empty_rows(t, len(rows)))
+
+
+def _side_by_side(rooms: Tensor) -> Tensor:
+    """Where segments of so many rows begin that follow each other."""
+    return rooms.flatten().cumsum(0).view_as(rooms) - rooms
 
 
 def _growth(lengths: Tensor) -> Tensor:
