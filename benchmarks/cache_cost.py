@@ -1,7 +1,8 @@
 """python -m benchmarks.cache_cost [PART ...]: what an evicting cache costs and saves, beside a cache that keeps everything.
 
 memory  a long prompt read in chunks by a Llama of random weights, each cache in a process of its own: peak resident memory above
-        that of the same model reading chunks without a cache, and the cache's own count of bytes beside budget + chunk
+        that of the same model reading chunks without a cache, and the cache's own count of bytes beside budget + chunk; with
+        ``--heap mapped`` glibc gives every allocation of 1 MiB a mapping of its own, else its heap grows with the chunks read
 decode  one generated token on one layer, over a budget's worth of a long text, beside SDPA over all of it: attention alone, and the
         whole step (append, attend, score, evict)
 ragged  the same where the fullest head keeps sixteen times as many tokens as the emptiest, beside equally many, at the same total
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -88,11 +90,12 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
     """The model alone, with a cache that keeps everything, and with ``--cache``; a process each."""
     asked = {"tokens": args.tokens, "chunk": args.chunk, "budget": args.budget, "layers": args.layers, "heads": args.kv_heads,
              "kv_heads": args.kv_heads, "head_dim": args.head_dim, "dtype": args.dtype, "threads": args.threads}
+    heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if args.heap == "mapped" else {}
     code = "import json, sys; from benchmarks.cache_cost import *; print(json.dumps(read_prompt(**json.loads(sys.argv[1]))))"
     alone = whole = None
     for cache in (None, "everything", args.cache):
         command = [sys.executable, "-c", code, json.dumps(asked | {"cache": cache})]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | heap)
         if done.returncode:
             raise CostError(f"reading with cache {cache or 'none'} failed: {done.stderr.strip().splitlines()[-1]}")
         row = json.loads(done.stdout.splitlines()[-1])
@@ -104,7 +107,7 @@ def memory(args: argparse.Namespace) -> Iterator[dict]:
         row |= {"above_model_mib": round(above, 1), "smaller_by": whole / max(above, 0.1)} if cache else {}
         if "kv_peak_bytes" in row:
             row["of_formula"] = row["kv_peak_bytes"] / row["kv_formula_bytes"]
-        yield {"benchmark": "memory", "what": cache or "model alone", **asked, **row}
+        yield {"benchmark": "memory", "what": cache or "model alone", **asked, "heap": args.heap, **row}
 
 
 # -- decode ---------------------------------------------------------------------------------------------------------------
@@ -239,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokens", type=int, default=65536, help="memory: prompt (default: %(default)s)")
     add("--chunk", type=int, default=2048, help="memory: tokens read at once (default: %(default)s)")
     add("--layers", type=int, default=4, help="memory: default %(default)s")
+    add("--heap", choices=("usual", "mapped"), default="usual", help="memory: see above (default: %(default)s)")
     add("--cache", default="snapkv", metavar="NAME", help="memory: what evicts (default: %(default)s)")
     add("--context", type=int, default=32768, help="decode: tokens of the text (default: %(default)s)")
     add("--budget", type=int, help="tokens per KV head (default: 4096 for memory, 2048 for the others)")
