@@ -1,7 +1,4 @@
-"""Which pages of a layer a few queries read; everything stays where it is.
-
-A reader is a frozen dataclass that serves all layers and requests. It sees queries and a digest of the pages, never keys or values.
-"""
+"""Pages by the bounds of their keys."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ from torch import Tensor
 from sparse_attn import ops
 from sparse_attn.errors import require
 
-from .types import Pages
+from ..digests import MinMax
+from ..store import Meter
 
 _REDUCE = ("max", "mean", "sum")
 
@@ -48,11 +46,20 @@ class Quest:
         bad = [i for i in self.dense_layers if not isinstance(i, int) or i < 0]
         require(not bad, f"dense_layers has {bad[0] if bad else ''!r}, which is no index of a layer; they count from 0")
 
+    @property
+    def recent(self) -> int:
+        """See ``PageReader``."""
+        return self.page
+
     def reads_all(self, layer: int) -> bool:
         """Whether a layer of the model reads everything, and needs no digest."""
         return layer in self.dense_layers
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Pages, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def digest(self, meter: Meter, layer: int) -> MinMax:
+        """See ``PageReader``."""
+        return MinMax(meter, self.page)
+
+    def choose(self, q: Tensor, lengths: Tensor, digest: MinMax, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
         """See ``PageReader``."""
         n_q = q.shape[2]
         own = (n_q + self.page - 2) // self.page + 1  # pages that so many tokens may touch
@@ -67,7 +74,3 @@ class Quest:
         newest = torch.maximum((pages - 1)[..., None] - torch.arange(own, device=q.device), oldest[..., None])
         score.index_fill_(0, torch.cat([starts[..., None], starts[..., None] + newest], -1).flatten(), float("inf"))
         return ops.keep_top(score, starts, pages, torch.full_like(pages, count, dtype=torch.int32), count)
-
-
-# ways to read less of what is kept, by name
-READERS = {"quest": Quest}
