@@ -19,5 +19,5 @@ class MinMax(PageDigest):
     def blank(self, k: Tensor) -> dict[str, Tensor]:
         return {name: k.new_empty(0, k.shape[1]) for name in self.names}
 
-    def describe(self, keys: Tensor, head: Tensor) -> dict[str, Tensor]:
+    def describe(self, keys: Tensor, run: Tensor) -> dict[str, Tensor]:
         return {"low": keys.amin(1), "high": keys.amax(1)}

@@ -53,12 +53,13 @@ class PageDigest:
         """``[0, width]`` of the dtype and on the device of an entry, by name; ``k`` is ``[S, D]``."""
         raise NotImplementedError
 
-    def describe(self, keys: Tensor, head: Tensor) -> dict[str, Tensor]:
+    def describe(self, keys: Tensor, run: Tensor) -> dict[str, Tensor]:
         """Entries ``[n, width]`` of n pages, by name.
 
         Args:
             keys: ``[n, m, D]``, n pages of m rows each; only the open last page of a run has m < page.
-            head: int64 ``[n]`` KV head of each page.
+            run: int64 ``[n]`` on the host, number ``b * Hkv + h`` of the run that each page is of: one for all of them, or each
+                another.
         """
         raise NotImplementedError
 
@@ -130,14 +131,13 @@ class PageDigest:
     def _make_one(self, k: Tensor, starts: Tensor, lengths: Tensor, first: Tensor, where: Tensor) -> None:
         """One page of every run in ``where``: what a generated token asks for."""
         begin, count = (starts + first * self.page)[where], (lengths - first * self.page)[where]
-        at, head = (self.starts + first)[where], self._heads(where)
+        at, run = (self.starts + first)[where], where.flatten().nonzero()[:, 0]
         for m in count.unique().tolist():
             of = count == m
             rows = (begin[of][:, None] + torch.arange(m)).to(k.device)
-            self._write(at[of].to(k.device), self.describe(k[rows], head[of].to(k.device)))
+            self._write(at[of].to(k.device), self.describe(k[rows], run[of]))
 
     def _make(self, k: Tensor, starts: Tensor, lengths: Tensor, first: Tensor) -> None:
-        heads = starts.shape[1]
         runs = zip(*(t.flatten().tolist() for t in (starts, lengths, first, self.starts)))
         for i, (start, length, page, target) in enumerate(runs):
             rows = k[start + page * self.page : start + length]
@@ -145,17 +145,13 @@ class PageDigest:
             target += page
             for m, n, some in ((self.page, whole, rows[: whole * self.page]), (len(rows) % self.page, 1, rows[whole * self.page :])):
                 if n and m:
-                    entries = self.describe(some.unflatten(0, (n, m)), torch.full((n,), i % heads, device=k.device))
+                    entries = self.describe(some.unflatten(0, (n, m)), torch.full((n,), i))
                     self._write(slice(target, target + n), entries)
                     target += n
 
     def _write(self, at: Tensor | slice, entries: dict[str, Tensor]) -> None:
         for name, made in entries.items():
             getattr(self, name)[at] = made.to(getattr(self, name).dtype)
-
-    @staticmethod
-    def _heads(where: Tensor) -> Tensor:
-        return torch.arange(where.shape[1]).expand(where.shape)[where]
 
     def _make_room(self, k: Tensor, pages: Tensor) -> None:
         if self._room is not None and bool((pages <= self._room).all()):
