@@ -58,7 +58,8 @@ class CacheLayer:
         """Forget the request: tokens, scores, counts and memory."""
         if hasattr(self, "store"):
             self.store.clear()
-            self._follow(moved=True)
+            if self.digest is not None:
+                self.digest.forget()
         self.store = Store(self._meter)
         reader = self.config.decode
         self.digest = reader.digest(self._meter, self.layer) if reader is not None and not reader.reads_all(self.layer) else None
