@@ -1,0 +1,327 @@
+"""Pages of one layer that left its store for slower memory, and the slots on the device that hold those a step reads.
+
+Pages are whole, never change, and leave oldest first, so page p of a run is always its tokens ``p * page`` to ``(p + 1) * page``::
+
+    run       0 0 0 0 1 1 1 1 2 2 2 2 3 3          pages of 4 tokens
+    archive   0 0 0 0 1 1 1 1                      here; the store has the rest
+    slots     1 1 1 1 . . . .                      on the device: page 1 was read last
+
+Keys and values are pages of their own, because a codec may keep keys in another form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_attn.errors import require
+from sparse_attn.kept import Region
+
+from .codecs.lowrank_keys import KeyFactors
+from .store import Meter, Part, Store, empty_rows
+from .tiers import Pools, Slots
+
+# tokens of each run that come back at a time for a chunk of a prompt
+_PIECE = 4096
+# what a table of pages grows by
+_TABLE = 256
+
+
+@dataclass
+class _Pages:
+    """Where the pages of all runs lie.
+
+    Attributes:
+        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools.
+        positions: int32 ``[B, Hkv, room, page]`` of the tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    def grow(self, room: int) -> None:
+        """See that ``room`` pages of each run fit."""
+        missing = room - self.keys.shape[2]
+        if missing > 0:
+            more = max(missing, _TABLE, self.keys.shape[2] // 4)
+            for name in ("keys", "values", "positions"):
+                t = getattr(self, name)
+                setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
+
+    def of(self, sequences: Tensor) -> _Pages:
+        return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
+
+
+class Archive:
+    """The oldest pages of the runs of one layer.
+
+    Args:
+        meter: counts the bytes on the device.
+        page: tokens of a page.
+        slots: pages of each run that fit on the device beside the store.
+        pools: the other tiers.
+        factors: what keys become once they are read for the first time; None to keep them as they are.
+
+    Attributes:
+        pages: int64 ``[B, Hkv]`` on the host: how many pages of each run are here; None before the first.
+        wanted, missed: pages that steps asked for so far, and of those the ones that had to come from another tier.
+        moved: bytes that the last step brought to the device.
+    """
+
+    def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyFactors | None = None):
+        self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
+        self.wanted = self.missed = self.moved = 0
+        self._blank()
+
+    def _blank(self) -> None:
+        self.pages: Tensor | None = None
+        self._at: _Pages | None = None
+        self._fitted = False
+        self._slots: Slots | None = None
+        self._k = self._v = None  # [B * Hkv * slots * page, D], the slots
+        self._like: tuple[Tensor, Tensor] | None = None  # rows of k and v, none of them
+
+    # -- what is here -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """int64 ``[B, Hkv]`` on the host; None where there are none."""
+        return None if self.pages is None else self.pages * self.page
+
+    @property
+    def n_bytes(self) -> int:
+        """On the device: slots and factors."""
+        held = sum(t.numel() * t.element_size() for t in (self._k, self._v) if t is not None)
+        return held + (self._factors.n_bytes if self._factors is not None else 0)
+
+    def clear(self) -> None:
+        """Forget everything and release the memory."""
+        self._release()
+        self._drop_slots()
+        if self._factors is not None:
+            self._factors.clear()
+        self._blank()
+
+    def _release(self) -> None:
+        if self.pages is None:
+            return
+        here = self._here()
+        self._values().release(self._at.values[here])
+        if not self._fitted:
+            self._keys().release(self._at.keys[here])
+
+    def _here(self) -> Tensor:
+        """bool ``[B, Hkv, room]``: which entries of the tables are pages."""
+        return torch.arange(self._at.keys.shape[2]) < self.pages[..., None]
+
+    def _keys(self):
+        return self._pools.of(self.page * self._like[0].shape[1] * self._like[0].element_size())
+
+    def _values(self):
+        return self._pools.of(self.page * self._like[1].shape[1] * self._like[1].element_size())
+
+    def __del__(self):
+        self._release()
+
+    # -- coming and going -------------------------------------------------------------------------------------------------------
+
+    def take(self, store: Store, leave: int) -> None:
+        """Move the first whole pages of each run of ``store`` here, all but its last ``leave`` tokens at the least.
+
+        Raises:
+            CapacityError: if the last tier is full; the store has them still.
+        """
+        n = (store.lengths - leave).clamp(min=0) // self.page
+        if not bool(n.any()):
+            return
+        if self.pages is None:
+            self._like = store.k[:0], store.v[:0]
+            self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
+            self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
+                              torch.zeros((*shape, self.page), dtype=torch.int32))
+        rows = store.rows_of(store.starts, n * self.page)
+        count = len(rows) // self.page
+        values = self._values().write(store.v[rows].reshape(count, -1).cpu())
+        try:
+            keys = None if self._fitted else self._keys().write(store.k[rows].reshape(count, -1).cpu())
+        except Exception:
+            self._values().release(values)
+            raise
+        if self._fitted:
+            self._append_factors(store, n)
+        self._at.grow(int((self.pages + n).max()))
+        slot = torch.arange(self._at.keys.shape[2])
+        new = (slot >= self.pages[..., None]) & (slot < (self.pages + n)[..., None])
+        self._at.values[new] = values
+        if keys is not None:
+            self._at.keys[new] = keys
+        self._at.positions[new] = store.positions[rows].view(count, self.page).cpu()
+        self.pages = self.pages + n
+        store.forget_first(n * self.page)
+
+    def _append_factors(self, store: Store, n: Tensor) -> None:
+        for b, (starts, counts) in enumerate(zip(store.starts.tolist(), (n * self.page).tolist())):
+            if counts[0]:
+                keys = torch.stack([store.k[start : start + count] for start, count in zip(starts, counts)])
+                self._factors.append(b, keys, store.positions[starts[0] : starts[0] + counts[0]].long())
+
+    def prepare(self) -> None:
+        """Before the first page is read: turn keys into what the codec keeps."""
+        if self._factors is None or self._fitted:
+            return
+        require(bool((self.pages == self.pages[:, :1]).all()),
+                "the KV heads of a layer hold different tokens, and the lowrank codec makes one matrix of all heads; use codec='plain'")
+
+        def pieces() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for b, k, _, positions in self._pieces(values=False):
+                yield b, k, positions
+
+        self._factors.fit(pieces)
+        self._keys().release(self._at.keys[self._here()])
+        self._fitted = True
+
+    # -- what is read -----------------------------------------------------------------------------------------------------------
+
+    def fetch(self, chosen: Tensor) -> Fetch:
+        """Begin to bring pages (int32 ``[B, Hkv, P]`` numbers, each once per run, -1 for none) to the slots."""
+        batch, heads, m = chosen.shape
+        self._make_slots(batch * heads, m)
+        wanted = chosen.cpu().long().view(-1, m)
+        slot, miss = self._slots.want(wanted)
+        at = slot + torch.arange(len(slot))[:, None] * self._n_slots
+        run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
+        page, to = wanted[miss], at[miss]
+        fences = [self._values().read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
+        if self._fitted:
+            self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
+        else:
+            fences.append(self._keys().read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
+        self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
+        self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
+        counts = torch.where(wanted < 0, 0, self.page).int()
+        region = Region(self._k, self._v, *(t.view(batch, heads, m).to(chosen.device) for t in (at * self.page, counts)), own=False)
+        return Fetch(region, fences)
+
+    def parts(self) -> Iterator[Part]:
+        """Everything, in order, a piece of each run at a time; the next one takes the memory of the one before.
+
+        All KV heads must hold the same number of pages.
+        """
+        for b, k, v, _ in self._pieces():
+            yield Part(slice(b, b + 1), slice(0, k.shape[0]), k[None], v[None])
+
+    def regions(self) -> Iterator[Region]:
+        """The same, as pages."""
+        batch, heads = self.pages.shape
+        for b, k, v, _ in self._pieces():
+            n = k.shape[1]
+            starts, counts = torch.zeros(batch, heads, 1, dtype=torch.int64), torch.zeros(batch, heads, 1, dtype=torch.int32)
+            starts[b, :, 0], counts[b] = torch.arange(heads) * n, n
+            yield Region(k.flatten(0, 1), v.flatten(0, 1), starts.to(k.device), counts.to(k.device), own=False)
+
+    def keys(self, b: int) -> Iterator[Tensor]:
+        """Keys of a sequence, ``[Hkv, n, D]``, a piece at a time."""
+        return (k for _, k, _, _ in self._pieces(values=False, only=b))
+
+    def rows(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens of a sequence: k ``[Hkv, N, D]``, v and positions int32 ``[Hkv, N]``, in memory of their own."""
+        n = int(self.pages[b, 0])
+        found = [(k.clone(), v.clone()) for at, k, v, _ in self._pieces(only=b) if at == b]
+        k, v = (torch.cat(x, 1) for x in zip(*found)) if found else (t.new_empty(self.pages.shape[1], 0, t.shape[1]) for t in self._like)
+        return k, v, self._at.positions[b, :, :n].flatten(1)
+
+    def _pieces(self, values: bool = True, only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+        """Sequence, k ``[Hkv, n, D]``, v, positions int64 ``[n]`` of the first head."""
+        heads, step = self.pages.shape[1], max(_PIECE // self.page, 1)
+        require(bool((self.pages == self.pages[:, :1]).all()), "the KV heads of a layer hold different numbers of pages; evict alike, or with one tier")
+        most = min(step, int(self.pages.max())) * heads * self.page
+        k, v = (empty_rows(t, most) for t in self._like)
+        size = sum(t.numel() * t.element_size() for t in (k, v))
+        self._meter.add(size)
+        try:
+            for b in range(len(self.pages)) if only is None else [only]:
+                for first in range(0, int(self.pages[b, 0]), step):
+                    at = slice(first, min(first + step, int(self.pages[b, 0])))
+                    n = (at.stop - at.start) * self.page
+                    to = torch.arange((at.stop - at.start) * heads)
+                    fences = [self._values().read(self._at.values[b, :, at].flatten(), v, to)] if values else []
+                    if self._fitted:
+                        pages = torch.full((len(self.pages), heads, at.stop - at.start), -1, dtype=torch.int32)
+                        pages[b] = torch.arange(at.start, at.stop)
+                        targets = torch.zeros(pages.shape, dtype=torch.int64)
+                        targets[b] = to.view(heads, -1) * self.page
+                        self._factors.rebuild(pages, self.page, k, targets)
+                    else:
+                        fences.append(self._keys().read(self._at.keys[b, :, at].flatten(), k, to))
+                    for fence in fences:
+                        fence.wait()
+                    whole = [t[: heads * n].view(heads, n, t.shape[1]) for t in (k, v)]
+                    yield b, whole[0], whole[1], self._at.positions[b, 0, at].flatten().long()
+        finally:
+            self._meter.add(-size)
+
+    # -- slots ------------------------------------------------------------------------------------------------------------------
+
+    def _make_slots(self, runs: int, wanted: int) -> None:
+        if self._slots is not None and self._n_slots >= wanted:
+            return
+        self._drop_slots()
+        self._n_slots = max(self._n_slots, wanted)
+        self._slots = Slots(runs, self._n_slots)
+        self._k, self._v = (empty_rows(t, runs * self._n_slots * self.page) for t in self._like)
+        self._meter.add(self._k.numel() * self._k.element_size() + self._v.numel() * self._v.element_size())
+
+    def _drop_slots(self) -> None:
+        if self._slots is not None:
+            self._meter.add(-self._k.numel() * self._k.element_size() - self._v.numel() * self._v.element_size())
+        self._slots = self._k = self._v = None
+
+    # -- the batch --------------------------------------------------------------------------------------------------------------
+
+    def select(self, sequences: Tensor) -> None:
+        """Make the sequences numbered ``sequences`` (host, repeats allowed) the batch; pages are shared, not copied."""
+        if self.pages is None:
+            return
+        old = self._at, self._here()
+        self._at, self.pages = self._at.of(sequences), self.pages[sequences]
+        self._hold()
+        self._values().release(old[0].values[old[1]])
+        if self._fitted:
+            self._factors.select(sequences)
+        else:
+            self._keys().release(old[0].keys[old[1]])
+        self._drop_slots()
+
+    def copy(self, meter: Meter) -> Archive:
+        """The same pages, shared; slots of its own."""
+        factors = None if self._factors is None else self._factors.copy(meter)
+        twin = Archive(meter, self.page, self._n_slots, self._pools, factors)
+        twin._like, twin._fitted = self._like, self._fitted
+        if self.pages is not None:
+            twin.pages, twin._at = self.pages.clone(), self._at.of(torch.arange(len(self.pages)))
+            twin._hold()
+        return twin
+
+    def _hold(self) -> None:
+        here = self._here()
+        self._values().hold(self._at.values[here])
+        if not self._fitted:
+            self._keys().hold(self._at.keys[here])
+
+
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """Pages on their way to the slots."""
+
+    region: Region
+    fences: list
+
+    def wait(self) -> Region:
+        """Where they are, once they are there."""
+        for fence in self.fences:
+            fence.wait()
+        return self.region
