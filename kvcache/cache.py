@@ -66,12 +66,15 @@ class CacheLayer:
         """Forget the request: tokens, scores, counts and memory."""
         if hasattr(self, "store"):
             self.store.clear()
-            self._follow(moved=True)
+            if self.digest is not None:
+                self.digest.forget()
             if self.archive is not None:
                 self.archive.clear()
         self.store = Store(self._meter)
         reader = self.config.decode
         self.digest = reader.digest(self._meter, self.layer) if reader is not None and not reader.reads_all(self.layer) else None
+        require(self.archive is None or self.digest is None or self.digest.outlives_rows,
+                f"{type(reader).__name__} scores every key exactly, so keys cannot leave the device; use tiers=('device',)")
         self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording, self.reading = 0, None, False, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet

@@ -165,18 +165,25 @@ sinks, decay, kernel, pool, reduce, window
         >>> as_config("snapkv", 4096, decode={"name": "quest", "budget": 512}).decode.budget
         512
     """
-    own = {f.name for f in fields(CacheConfig)} - {"policy", "budget"}
+    own = {f.name for f in fields(CacheConfig)} - {"policy", "budget", "tiers", "codec"}
     if isinstance(policy, dict):
         require("name" in policy, f"the policy has no 'name' in {policy}; there are {_listed(METHODS)}")
         settings = {key: v for key, v in policy.items() if key != "name"} | settings
         policy = policy["name"]
     decode = settings.pop("decode", None)
-    if isinstance(policy, str) and policy in READERS:
+    if isinstance(policy, str) and policy in (*READERS, *_RETRIEVING):
         require(decode is None, f"{policy} says how to read, and so does decode=; leave one of them out")
         policy, decode = None, policy
+    placed = {key: settings.pop(key) for key in ("tiers", "codec") if key in settings}
+    if isinstance(decode, str) and decode in _RETRIEVING:
+        placed = {**_RETRIEVING[decode], **placed}
+        decode = placed.pop("decode")
+    placed["codec"] = _as_codec(placed.get("codec", "plain"), decode, settings)
     if policy is None:
-        require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of {_listed(READERS)}")
-        return CacheConfig(None, None, decode=_as_reader(decode, settings | ({"budget": budget} if budget is not None else {})))
+        require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of "
+                f"{_listed((*READERS, *_RETRIEVING))}")
+        given = settings | ({"budget": budget} if budget is not None else {})
+        return CacheConfig(None, None, decode=_as_reader(decode, given), **placed)
     name, kind = (policy, "uniform") if isinstance(policy, str) else (type(policy).__name__, "uniform")
     takes_policy: set[str] = set()
     if isinstance(policy, str):
@@ -198,7 +205,7 @@ sinks, decay, kernel, pool, reduce, window
         budget = _sized(kind, budget, of_budget)
     elif isinstance(budget, dict):
         budget = _made(budget, BUDGETS, "budget")
-    return CacheConfig(policy, budget, decode=_as_reader(decode, {}), **settings)
+    return CacheConfig(policy, budget, decode=_as_reader(decode, {}), **placed, **settings)
 
 
 def _as_reader(decode: PageReader | str | dict | None, arguments: dict) -> PageReader | None:
@@ -208,6 +215,18 @@ def _as_reader(decode: PageReader | str | dict | None, arguments: dict) -> PageR
         return _made({**decode, **arguments}, READERS, "way to read less")
     require(not arguments, f"{type(decode).__name__} says itself how to read; leave {_listed(arguments)} out")
     return decode
+
+
+def _as_codec(codec: Codec | str | dict, decode: PageReader | str | dict | None, settings: dict) -> Codec:
+    """Takes from ``settings`` what is the codec's and not the reader's."""
+    if isinstance(codec, str):
+        codec = {"name": codec}
+    if not isinstance(codec, dict) or codec.get("name") not in CODECS:
+        return _made(codec, CODECS, "codec")
+    reader = READERS.get(decode if isinstance(decode, str) else "")
+    readers = {f.name for f in fields(reader)} if reader else set()
+    own = [f.name for f in fields(CODECS[codec["name"]]) if f.name in settings and f.name not in readers]
+    return _made({**codec, **{name: settings.pop(name) for name in own}}, CODECS, "codec")
 
 
 def _sized(kind: str, size: int | float | None, arguments: dict) -> Budget:

@@ -34,16 +34,19 @@ class PageDigest:
 
     Attributes:
         names: what an entry is made of; each an attribute, ``[P, width]``, None before the first update.
+        learned: what the rows cannot tell again, such as statistics of queries; each an attribute, ``[B, Hkv, ...]``, None before.
+            ``clear`` leaves them, ``forget`` does not.
         outlives_rows: whether entries stay right when the rows of their pages have left the layer.
         starts, pages: int64 ``[B, Hkv]`` on the host: first entry and entries of each run.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
+    learned: ClassVar[tuple[str, ...]] = ()
     outlives_rows: ClassVar[bool] = True
 
     def __init__(self, meter: Meter, page: int):
         self._meter, self.page = meter, page
-        for name in self.names:
+        for name in self.names + self.learned:
             setattr(self, name, None)
         self.clear()
 
@@ -73,19 +76,29 @@ class PageDigest:
 
     def clear(self) -> None:
         """Forget every page and release the memory; also what to do when rows were moved or replaced."""
-        self._meter.add(-self.n_bytes)
         for name in self.names:
-            setattr(self, name, None)
+            self._hold(name, None)
         self.starts = self.pages = self._room = self._covered = None
+
+    def forget(self) -> None:
+        """Forget the request: the pages, and what was learned."""
+        self.clear()
+        for name in self.learned:
+            self._hold(name, None)
 
     @property
     def n_bytes(self) -> int:
         """Bytes allocated, room to grow included."""
-        return sum(t.numel() * t.element_size() for t in self._entries().values())
+        return sum(_bytes(getattr(self, name)) for name in self.names + self.learned)
 
     def page_bytes(self) -> int:
         """Bytes per page and KV head."""
         return sum(t.shape[1] * t.element_size() for t in self._entries().values())
+
+    def _hold(self, name: str, t: Tensor | None) -> None:
+        """Make ``t`` the attribute ``name``, and count its bytes instead of those of what it replaces."""
+        self._meter.add(_bytes(t) - _bytes(getattr(self, name)))
+        setattr(self, name, t)
 
     def _entries(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in self.names}
@@ -113,14 +126,16 @@ class PageDigest:
 
     def copy_from(self, other: PageDigest) -> None:
         """Hold what another digest of this kind holds, in memory of its own."""
-        self.clear()
-        for name, t in other._entries().items():
-            setattr(self, name, empty_rows(t, len(t)).copy_(t))
+        for name in self.names + self.learned:
+            t = getattr(other, name)
+            self._hold(name, None if t is None else empty_rows(t, len(t)).copy_(t))
         self.starts, self.pages, self._room, self._covered = other.starts, other.pages, other._room, other._covered
-        self._meter.add(self.n_bytes)
 
     def select(self, sequences: Tensor) -> None:
         """Make the sequences numbered ``sequences`` (int64 ``[B']``, host, repeats allowed) the batch."""
+        for name in self.learned:
+            if (t := getattr(self, name)) is not None:
+                self._hold(name, torch.index_select(t, 0, sequences.to(t.device), out=empty_rows(t, len(sequences))))
         if self.pages is None:
             return
         room = self._room[sequences]
@@ -171,3 +186,7 @@ class PageDigest:
             self._meter.add(-old.numel() * old.element_size())
             setattr(self, name, new)
         self.starts, self._room = bases, room
+
+
+def _bytes(t: Tensor | None) -> int:
+    return 0 if t is None else t.numel() * t.element_size()
