@@ -20,9 +20,10 @@ from torch import Tensor
 from sparse_attn.errors import require
 from sparse_attn.kept import Region
 
-from .codecs.lowrank_keys import KeyFactors
 from .store import Meter, Part, Store, empty_rows
-from .tiers import Pools, Slots
+from .tiers import Engine, Pool, Slots
+from .tiers.plain import Fence
+from .types import KeyForm
 
 # tokens of each run that come back at a time for a chunk of a prompt
 _PIECE = 4096
@@ -63,7 +64,7 @@ class Archive:
         meter: counts the bytes on the device.
         page: tokens of a page.
         slots: pages of each run that fit on the device beside the store.
-        pools: the other tiers.
+        engine: the other tiers.
         factors: what keys become once they are read for the first time; None to keep them as they are.
 
     Attributes:
@@ -72,8 +73,8 @@ class Archive:
         moved: bytes that the last step brought to the device.
     """
 
-    def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyFactors | None = None):
-        self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
+    def __init__(self, meter: Meter, page: int, slots: int, engine: Engine, factors: KeyForm | None = None):
+        self._meter, self.page, self._n_slots, self._engine, self._factors = meter, page, slots, engine, factors
         self.wanted = self.missed = self.moved = 0
         self._blank()
 
@@ -84,6 +85,7 @@ class Archive:
         self._slots: Slots | None = None
         self._k = self._v = None  # [B * Hkv * slots * page, D], the slots
         self._like: tuple[Tensor, Tensor] | None = None  # rows of k and v, none of them
+        self._keys = self._values = None  # pools
 
     # -- what is here -----------------------------------------------------------------------------------------------------------
 
@@ -110,19 +112,13 @@ class Archive:
         if self.pages is None:
             return
         here = self._here()
-        self._values().release(self._at.values[here])
+        self._values.release(self._at.values[here])
         if not self._fitted:
-            self._keys().release(self._at.keys[here])
+            self._keys.release(self._at.keys[here])
 
     def _here(self) -> Tensor:
         """bool ``[B, Hkv, room]``: which entries of the tables are pages."""
         return torch.arange(self._at.keys.shape[2]) < self.pages[..., None]
-
-    def _keys(self):
-        return self._pools.of(self.page * self._like[0].shape[1] * self._like[0].element_size())
-
-    def _values(self):
-        return self._pools.of(self.page * self._like[1].shape[1] * self._like[1].element_size())
 
     def __del__(self):
         self._release()
@@ -140,16 +136,17 @@ class Archive:
             return
         if self.pages is None:
             self._like = store.k[:0], store.v[:0]
+            self._keys, self._values = (Pool(self.page * t.shape[1] * t.element_size(), self._engine) for t in self._like)
             self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
             self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
                               torch.zeros((*shape, self.page), dtype=torch.int32))
         rows = store.rows_of(store.starts, n * self.page)
         count = len(rows) // self.page
-        values = self._values().write(store.v[rows].reshape(count, -1).cpu())
+        values = self._values.write(store.v[rows].reshape(count, -1).cpu())
         try:
-            keys = None if self._fitted else self._keys().write(store.k[rows].reshape(count, -1).cpu())
+            keys = None if self._fitted else self._keys.write(store.k[rows].reshape(count, -1).cpu())
         except Exception:
-            self._values().release(values)
+            self._values.release(values)
             raise
         if self._fitted:
             self._append_factors(store, n)
@@ -181,7 +178,7 @@ class Archive:
                 yield b, k, positions
 
         self._factors.fit(pieces)
-        self._keys().release(self._at.keys[self._here()])
+        self._keys.release(self._at.keys[self._here()])
         self._fitted = True
 
     # -- what is read -----------------------------------------------------------------------------------------------------------
@@ -192,14 +189,14 @@ class Archive:
         self._make_slots(batch * heads, m)
         wanted = chosen.cpu().long().view(-1, m)
         slot, miss = self._slots.want(wanted)
-        at = slot + torch.arange(len(slot))[:, None] * self._n_slots
+        at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
         run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
         page, to = wanted[miss], at[miss]
-        fences = [self._values().read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
+        fences = [self._read(self._values, self._at.values.flatten(0, 1)[run, page], self._v, to)]
         if self._fitted:
             self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
         else:
-            fences.append(self._keys().read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
+            fences.append(self._read(self._keys, self._at.keys.flatten(0, 1)[run, page], self._k, to))
         self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
         self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         counts = torch.where(wanted < 0, 0, self.page).int()
@@ -248,7 +245,7 @@ class Archive:
                     at = slice(first, min(first + step, int(self.pages[b, 0])))
                     n = (at.stop - at.start) * self.page
                     to = torch.arange((at.stop - at.start) * heads)
-                    fences = [self._values().read(self._at.values[b, :, at].flatten(), v, to)] if values else []
+                    fences = [self._read(self._values, self._at.values[b, :, at].flatten(), v, to)] if values else []
                     if self._fitted:
                         pages = torch.full((len(self.pages), heads, at.stop - at.start), -1, dtype=torch.int32)
                         pages[b] = torch.arange(at.start, at.stop)
@@ -256,13 +253,20 @@ class Archive:
                         targets[b] = to.view(heads, -1) * self.page
                         self._factors.rebuild(pages, self.page, k, targets)
                     else:
-                        fences.append(self._keys().read(self._at.keys[b, :, at].flatten(), k, to))
+                        fences.append(self._read(self._keys, self._at.keys[b, :, at].flatten(), k, to))
                     for fence in fences:
                         fence.wait()
                     whole = [t[: heads * n].view(heads, n, t.shape[1]) for t in (k, v)]
                     yield b, whole[0], whole[1], self._at.positions[b, 0, at].flatten().long()
         finally:
             self._meter.add(-size)
+
+    @staticmethod
+    def _read(pool: Pool, ids: Tensor, out: Tensor, to: Tensor) -> Fence | _Upload:
+        if out.device.type == "cpu":
+            return pool.read(ids, out, to)
+        staged = torch.empty(len(ids), pool.page_bytes // out.element_size(), dtype=out.dtype, pin_memory=True)
+        return _Upload(pool.read(ids, staged, torch.arange(len(ids))), staged, out, to)
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
@@ -289,18 +293,18 @@ class Archive:
         old = self._at, self._here()
         self._at, self.pages = self._at.of(sequences), self.pages[sequences]
         self._hold()
-        self._values().release(old[0].values[old[1]])
+        self._values.release(old[0].values[old[1]])
         if self._fitted:
             self._factors.select(sequences)
         else:
-            self._keys().release(old[0].keys[old[1]])
+            self._keys.release(old[0].keys[old[1]])
         self._drop_slots()
 
     def copy(self, meter: Meter) -> Archive:
         """The same pages, shared; slots of its own."""
         factors = None if self._factors is None else self._factors.copy(meter)
-        twin = Archive(meter, self.page, self._n_slots, self._pools, factors)
-        twin._like, twin._fitted = self._like, self._fitted
+        twin = Archive(meter, self.page, self._n_slots, self._engine, factors)
+        twin._like, twin._fitted, twin._keys, twin._values = self._like, self._fitted, self._keys, self._values
         if self.pages is not None:
             twin.pages, twin._at = self.pages.clone(), self._at.of(torch.arange(len(self.pages)))
             twin._hold()
@@ -308,9 +312,24 @@ class Archive:
 
     def _hold(self) -> None:
         here = self._here()
-        self._values().hold(self._at.values[here])
+        self._values.hold(self._at.values[here])
         if not self._fitted:
-            self._keys().hold(self._at.keys[here])
+            self._keys.hold(self._at.keys[here])
+
+
+@dataclass(frozen=True, eq=False)
+class _Upload:
+    """Pages that go on from host memory to an accelerator once they are there."""
+
+    fence: Fence
+    staged: Tensor
+    out: Tensor
+    to: Tensor
+
+    def wait(self) -> None:
+        self.fence.wait()
+        pages = self.out.view(-1, self.staged.shape[1])
+        pages.index_copy_(0, self.to.to(pages.device), self.staged.to(pages.device, non_blocking=True))
 
 
 @dataclass(frozen=True, eq=False)

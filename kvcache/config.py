@@ -11,7 +11,8 @@ from .budget import BUDGETS, Budget
 from .codecs import CODECS, Plain
 from .policies import POLICIES
 from .readers import READERS
-from .tiers import Tier, as_tiers, tiers_to_json
+from .tiers import TIERS, as_tiers
+from .tiers.specs import Tier
 from .types import CachePolicy, Codec, PageReader
 
 # a policy with a budget of its own: name -> (policy, budget)
@@ -98,7 +99,7 @@ class CacheConfig:
         require(hasattr(self.codec, "layer"), f"codec={self.codec!r} is no codec; names go to make_cache")
         lower = len(self.tiers) > 1
         require(not lower or self.decode is not None,
-                f"tiers={[t.name for t in self.tiers]} without decode= would bring every page back for every token; name a way to read less, one of "
+                f"tiers={[_named(t, TIERS)['name'] for t in self.tiers]} without decode= would bring every page back for every token; name a way to read less, one of "
                 f"{_listed(READERS)}")
         require(lower or isinstance(self.codec, Plain),
                 f"{type(self.codec).__name__} says what keys become when they leave the device, and tiers=('device',) keeps them there; add 'host'")
@@ -122,7 +123,7 @@ class CacheConfig:
         """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS), "decode": _named(self.decode, READERS),
-                        "tiers": tiers_to_json(self.tiers), "codec": _named(self.codec, CODECS)}
+                        "tiers": [_named(tier, TIERS) for tier in self.tiers], "codec": _named(self.codec, CODECS)}
 
     @classmethod
     def from_json(cls, value: dict) -> CacheConfig:
