@@ -21,7 +21,7 @@ from sparse_attn.errors import require
 from sparse_attn.kept import Region
 
 from .store import Meter, Part, Store, empty_rows
-from .tiers import Engine, Pool, Slots
+from .tiers import Pool, Pools, Slots
 from .tiers.plain import Fence
 from .types import KeyForm
 
@@ -57,6 +57,17 @@ class _Pages:
         return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
 
 
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Some pages of KV heads ``heads`` of sequence b: k ``[h, n, D]``, v and positions int32 ``[h, n]`` on the host."""
+
+    b: int
+    heads: slice
+    k: Tensor
+    v: Tensor | None
+    positions: Tensor
+
+
 class Archive:
     """The oldest pages of the runs of one layer.
 
@@ -64,7 +75,7 @@ class Archive:
         meter: counts the bytes on the device.
         page: tokens of a page.
         slots: pages of each run that fit on the device beside the store.
-        engine: the other tiers.
+        pools: the other tiers.
         factors: what keys become once they are read for the first time; None to keep them as they are.
 
     Attributes:
@@ -73,8 +84,8 @@ class Archive:
         moved: bytes that the last step brought to the device.
     """
 
-    def __init__(self, meter: Meter, page: int, slots: int, engine: Engine, factors: KeyForm | None = None):
-        self._meter, self.page, self._n_slots, self._engine, self._factors = meter, page, slots, engine, factors
+    def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyForm | None = None):
+        self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
         self.wanted = self.missed = self.moved = 0
         self._blank()
 
@@ -136,7 +147,7 @@ class Archive:
             return
         if self.pages is None:
             self._like = store.k[:0], store.v[:0]
-            self._keys, self._values = (Pool(self.page * t.shape[1] * t.element_size(), self._engine) for t in self._like)
+            self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size()) for t in self._like)
             self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
             self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
                               torch.zeros((*shape, self.page), dtype=torch.int32))
@@ -174,8 +185,8 @@ class Archive:
                 "the KV heads of a layer hold different tokens, and the lowrank codec makes one matrix of all heads; use codec='plain'")
 
         def pieces() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for b, k, _, positions in self._pieces(values=False):
-                yield b, k, positions
+            for piece in self._pieces(values=False):
+                yield piece.b, piece.k, piece.positions[0].long()
 
         self._factors.fit(pieces)
         self._keys.release(self._at.keys[self._here()])
@@ -204,62 +215,64 @@ class Archive:
         return Fetch(region, fences)
 
     def parts(self) -> Iterator[Part]:
-        """Everything, in order, a piece of each run at a time; the next one takes the memory of the one before.
-
-        All KV heads must hold the same number of pages.
-        """
-        for b, k, v, _ in self._pieces():
-            yield Part(slice(b, b + 1), slice(0, k.shape[0]), k[None], v[None])
+        """Everything, in order, a piece at a time; the next one takes the memory of the one before."""
+        for piece in self._pieces():
+            yield Part(slice(piece.b, piece.b + 1), piece.heads, piece.k[None], piece.v[None])
 
     def regions(self) -> Iterator[Region]:
         """The same, as pages."""
         batch, heads = self.pages.shape
-        for b, k, v, _ in self._pieces():
-            n = k.shape[1]
+        for piece in self._pieces():
+            count, n, _ = piece.k.shape
             starts, counts = torch.zeros(batch, heads, 1, dtype=torch.int64), torch.zeros(batch, heads, 1, dtype=torch.int32)
-            starts[b, :, 0], counts[b] = torch.arange(heads) * n, n
-            yield Region(k.flatten(0, 1), v.flatten(0, 1), starts.to(k.device), counts.to(k.device), own=False)
+            starts[piece.b, piece.heads, 0], counts[piece.b, piece.heads] = torch.arange(count) * n, n
+            yield Region(piece.k.flatten(0, 1), piece.v.flatten(0, 1), starts.to(piece.k.device), counts.to(piece.k.device), own=False)
 
-    def keys(self, b: int) -> Iterator[Tensor]:
-        """Keys of a sequence, ``[Hkv, n, D]``, a piece at a time."""
-        return (k for _, k, _, _ in self._pieces(values=False, only=b))
+    def keys(self, b: int) -> Iterator[tuple[int, Tensor]]:
+        """KV head and keys ``[n, D]`` of a sequence, a piece of a run at a time, in order."""
+        for piece in self._pieces(values=False, only=b):
+            yield from enumerate(piece.k, piece.heads.start)
 
-    def rows(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens of a sequence: k ``[Hkv, N, D]``, v and positions int32 ``[Hkv, N]``, in memory of their own."""
-        n = int(self.pages[b, 0])
-        found = [(k.clone(), v.clone()) for at, k, v, _ in self._pieces(only=b) if at == b]
-        k, v = (torch.cat(x, 1) for x in zip(*found)) if found else (t.new_empty(self.pages.shape[1], 0, t.shape[1]) for t in self._like)
-        return k, v, self._at.positions[b, :, :n].flatten(1)
+    def rows(self, b: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """All tokens of a sequence, in memory of their own: for each KV head k ``[N, D]``, v and positions int32 ``[N]``."""
+        found = [[(t[:0], u[:0], self._at.positions[b, h, : int(n)].flatten())] for t, u in [self._like] for h, n in enumerate(self.pages[b])]
+        for piece in self._pieces(only=b):
+            for i, h in enumerate(range(self.pages.shape[1])[piece.heads]):
+                found[h].append((piece.k[i].clone(), piece.v[i].clone()))
+        return [(torch.cat([x[0] for x in run]), torch.cat([x[1] for x in run]), run[0][2]) for run in found]
 
-    def _pieces(self, values: bool = True, only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
-        """Sequence, k ``[Hkv, n, D]``, v, positions int64 ``[n]`` of the first head."""
+    def _pieces(self, values: bool = True, only: int | None = None) -> Iterator[_Piece]:
+        """All pages, a few of each run at a time; of sequence ``only``, where given."""
         heads, step = self.pages.shape[1], max(_PIECE // self.page, 1)
-        require(bool((self.pages == self.pages[:, :1]).all()), "the KV heads of a layer hold different numbers of pages; evict alike, or with one tier")
-        most = min(step, int(self.pages.max())) * heads * self.page
-        k, v = (empty_rows(t, most) for t in self._like)
+        most = min(step, int(self.pages.max())) * heads
+        k, v = (empty_rows(t, most * self.page) for t in self._like)
         size = sum(t.numel() * t.element_size() for t in (k, v))
         self._meter.add(size)
         try:
             for b in range(len(self.pages)) if only is None else [only]:
-                for first in range(0, int(self.pages[b, 0]), step):
-                    at = slice(first, min(first + step, int(self.pages[b, 0])))
-                    n = (at.stop - at.start) * self.page
-                    to = torch.arange((at.stop - at.start) * heads)
-                    fences = [self._read(self._values, self._at.values[b, :, at].flatten(), v, to)] if values else []
-                    if self._fitted:
-                        pages = torch.full((len(self.pages), heads, at.stop - at.start), -1, dtype=torch.int32)
-                        pages[b] = torch.arange(at.start, at.stop)
-                        targets = torch.zeros(pages.shape, dtype=torch.int64)
-                        targets[b] = to.view(heads, -1) * self.page
-                        self._factors.rebuild(pages, self.page, k, targets)
-                    else:
-                        fences.append(self._read(self._keys, self._at.keys[b, :, at].flatten(), k, to))
-                    for fence in fences:
-                        fence.wait()
-                    whole = [t[: heads * n].view(heads, n, t.shape[1]) for t in (k, v)]
-                    yield b, whole[0], whole[1], self._at.positions[b, 0, at].flatten().long()
+                for of, count in _alike(self.pages[b].tolist()):
+                    for first in range(0, count, step):
+                        at = slice(first, min(first + step, count))
+                        yield self._piece(b, of, at, k, v if values else None)
         finally:
             self._meter.add(-size)
+
+    def _piece(self, b: int, heads: slice, at: slice, k: Tensor, v: Tensor | None) -> _Piece:
+        count, n = heads.stop - heads.start, at.stop - at.start
+        to = torch.arange(count * n)
+        fences = [] if v is None else [self._read(self._values, self._at.values[b, heads, at].flatten(), v, to)]
+        if self._fitted:
+            pages = torch.full((*self.pages.shape, n), -1, dtype=torch.int32)
+            pages[b, heads] = torch.arange(at.start, at.stop, dtype=torch.int32)
+            targets = torch.zeros(pages.shape, dtype=torch.int64)
+            targets[b, heads] = to.view(count, n) * self.page
+            self._factors.rebuild(pages, self.page, k, targets)
+        else:
+            fences.append(self._read(self._keys, self._at.keys[b, heads, at].flatten(), k, to))
+        for fence in fences:
+            fence.wait()
+        k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
+        return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
 
     @staticmethod
     def _read(pool: Pool, ids: Tensor, out: Tensor, to: Tensor) -> Fence | _Upload:
@@ -303,7 +316,7 @@ class Archive:
     def copy(self, meter: Meter) -> Archive:
         """The same pages, shared; slots of its own."""
         factors = None if self._factors is None else self._factors.copy(meter)
-        twin = Archive(meter, self.page, self._n_slots, self._engine, factors)
+        twin = Archive(meter, self.page, self._n_slots, self._pools, factors)
         twin._like, twin._fitted, twin._keys, twin._values = self._like, self._fitted, self._keys, self._values
         if self.pages is not None:
             twin.pages, twin._at = self.pages.clone(), self._at.of(torch.arange(len(self.pages)))
@@ -344,3 +357,11 @@ class Fetch:
         for fence in self.fences:
             fence.wait()
         return self.region
+
+
+def _alike(counts: list[int]) -> Iterator[tuple[slice, int]]:
+    """All heads at once if they have the same number of pages, else each; and that number."""
+    if len(set(counts)) == 1:
+        yield slice(0, len(counts)), counts[0]
+        return
+    yield from ((slice(i, i + 1), count) for i, count in enumerate(counts))

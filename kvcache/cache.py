@@ -108,6 +108,10 @@ class CacheLayer:
         return self.store.lengths + self._gone
 
     @property
+    def kv_heads(self) -> int:
+        return self.store.lengths.shape[1]
+
+    @property
     def n_tokens(self) -> int:
         """Of the longest run; 0 before the first append."""
         return 0 if self.store.k is None else int(self.lengths.max())
@@ -162,12 +166,11 @@ class CacheLayer:
     def _all_rows(self) -> Iterator[tuple[Tensor, int, int, int]]:
         """Keys of all tokens: see ``digests.pages.Rows``."""
         for b, (starts, lengths) in enumerate(zip(self.store.starts.tolist(), self.store.lengths.tolist())):
-            gone = 0
-            if self.archive is not None and self.archive.pages is not None:
-                for keys in self.archive.keys(b):
-                    yield from ((k, b, h, gone) for h, k in enumerate(keys))
-                    gone += keys.shape[1]
-            yield from ((self.store.k[start : start + n], b, h, gone) for h, (start, n) in enumerate(zip(starts, lengths)))
+            gone = [0] * len(starts)
+            for h, keys in self.archive.keys(b) if self.archive is not None and self.archive.pages is not None else ():
+                yield keys, b, h, gone[h]
+                gone[h] += len(keys)
+            yield from ((self.store.k[start : start + n], b, h, gone[h]) for h, (start, n) in enumerate(zip(starts, lengths)))
 
     def _follow(self, moved: bool = False) -> None:
         """Let the digest see what the store holds now; ``moved``: not only the last rows are others."""
@@ -202,11 +205,10 @@ class CacheLayer:
         sizes, made = rows["lengths"].flatten().tolist(), {name: [] for name in ("k", "v", "positions", "state")}
         pieces = {name: iter(rows[name].split(sizes)) for name in made}
         for b in range(len(rows["lengths"])):
-            k, v, positions = self.archive.rows(b)
-            of = {"k": k, "v": v, "positions": positions.to(k.device), "state": torch.zeros(positions.shape, device=k.device)}
-            for h in range(k.shape[0]):
+            for k, v, positions in self.archive.rows(b):
+                of = {"k": k, "v": v, "positions": positions.to(k.device), "state": torch.zeros(len(k), device=k.device)}
                 for name, found in made.items():
-                    found += [of[name][h], next(pieces[name])]
+                    found += [of[name], next(pieces[name])]
         return {"lengths": self.lengths} | {name: torch.cat(found) for name, found in made.items()}
 
     # -- the way of a chunk ---------------------------------------------------------------------------------------------------

@@ -22,9 +22,7 @@ _EVICTING = {name: (name, "uniform") for name in POLICIES} | {
     "duo": ("streaming", "duo_heads"),
 }
 # a reader with a form and a place for what it reads from: name -> settings
-_RETRIEVING = {
-    "shadowkv": {"decode": "landmarks", "codec": "lowrank", "tiers": ("device", "host")},
-}
+_RETRIEVING: dict[str, dict] = {}
 # every name that ``make_cache`` takes
 METHODS = (*_EVICTING, *READERS, *_RETRIEVING)
 

@@ -29,7 +29,7 @@ from .config import METHODS, CacheConfig, as_config
 from .report import CacheReport
 from .save import Saved, write
 from .store import Meter
-from .tiers import Engine
+from .tiers import Pools
 from .types import CachePolicy
 
 
@@ -282,7 +282,7 @@ class KVCache(Cache):
                 "leave one of them out of its dense_layers")
         if config.budget is not None:
             config.budget.require_model(len(layers), getattr(text, "num_key_value_heads", None))
-        self.engine = Engine(config.tiers) if len(config.tiers) > 1 else None
+        self.pools = Pools(config.tiers) if len(config.tiers) > 1 else None
         for i in own:
             turn = turns[i].move if i in turns and rotates else None
             archive = self._archive_of(i, turns.get(i))
@@ -291,9 +291,9 @@ class KVCache(Cache):
 
     def _archive_of(self, layer: int, rotation: Rotation | None) -> Archive | None:
         reader = self.kept.decode
-        if self.engine is None or reader.reads_all(layer):
+        if self.pools is None or reader.reads_all(layer):
             return None
-        return Archive(self.meter, reader.page, max(reader.budget // reader.page, 2), self.engine, self.kept.codec.layer(self.meter, rotation))
+        return Archive(self.meter, reader.page, max(reader.budget // reader.page, 2), self.pools, self.kept.codec.layer(self.meter, rotation))
 
     def fork(self) -> KVCache:
         """A second cache with the same contents in memory of its own: ask several questions of one prefilled text."""
@@ -358,7 +358,7 @@ class KVCache(Cache):
 
     def report(self) -> CacheReport:
         """Kept tokens and bytes, measured and by formula."""
-        return CacheReport.of(self._together.cores, self.meter, self.engine)
+        return CacheReport.of(self._together.cores, self.meter, self.pools)
 
 
 def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig | None = None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .cache import CacheLayer
 from .store import Meter
-from .tiers import Engine
+from .tiers import Pools
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class CacheReport:
     tiers: dict[str, int]
 
     @classmethod
-    def of(cls, cores: list[CacheLayer], meter: Meter, engine: Engine | None = None) -> CacheReport:
-        """Of these layers, counted by this meter; ``engine`` has the other tiers."""
+    def of(cls, cores: list[CacheLayer], meter: Meter, pools: Pools | None = None) -> CacheReport:
+        """Of these layers, counted by this meter; ``pools`` are the other tiers."""
         filled = [core for core in cores if core.store.k is not None]
         a_row = (c.store.row_bytes() + (0 if c.digest is None else c.digest.page_bytes() // c.digest.page) for c in filled)
-        counts = {} if engine is None else engine.counts()
+        counts = {} if pools is None else pools.counts()
         tiers = {name: counts[name]["bytes"] for name in ("host", "disk") if name in counts}
         token = sum(n * c.store.lengths.shape[1] for n, c in zip(a_row, filled))
         return cls(tuple(LayerReport.of(core) for core in filled), meter.now, meter.peak, token, tiers)

@@ -81,6 +81,10 @@ class KeptKV(Protocol):
         """Attention refused: forget the appended tokens."""
 
     @property
+    def kv_heads(self) -> int:
+        """Runs of each sequence."""
+
+    @property
     def n_tokens(self) -> int:
         """Of the longest run, wherever they are."""
 
@@ -197,17 +201,17 @@ class _Sum:
 
 def _with_older(q: Tensor, kept: KeptKV, ctx: LayerContext, reads_all: Selector, found: _Sum, real: list[tuple[int, int]]) -> _Sum:
     """Add what lies elsewhere; all of it is older than every query."""
-    group = None
+    group = q.shape[1] // kept.kv_heads
     for part in kept.older():
-        group = group or q.shape[1] // part.k.shape[1]
         out, lse = torch.zeros_like(found.out), torch.full_like(found.lse, float("-inf"))
+        heads = slice(part.heads.start * group, part.heads.stop * group)
         for at, low, high in _alike(part, real):
             if low == high:
                 continue
             own = LayerContext(ctx.layer, ctx.scale, 0, causal=False, softcap=ctx.softcap, n_layers=ctx.n_layers)
             rows = slice(at.start - part.rows.start, at.stop - part.rows.start)
-            attended = sparse_attention(q[at, :, low:high], ResidentKV(part.k[rows], part.v[rows]), own, reads_all)
-            out[at, :, low:high], lse[at, :, low:high] = attended.out, attended.lse
+            attended = sparse_attention(q[at, heads, low:high], ResidentKV(part.k[rows], part.v[rows]), own, reads_all)
+            out[at, heads, low:high], lse[at, heads, low:high] = attended.out, attended.lse
         found.add(out, lse)
     return found
 
