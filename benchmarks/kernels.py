@@ -314,6 +314,8 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
         "keep_top": (torch.ones(1), *run, torch.ones(1, 1, dtype=torch.int32), 1),
+        "lowrank_keys": (k[0, 0].clone(), q[0, 0, :, :1], k[:, :, :1], run[0][..., None], run[1][..., None].int(), run[0][..., None],
+                         torch.zeros(1, dtype=torch.int32), torch.zeros(1, 2, 0), torch.zeros(1, 2, 0)),
         "merge_attention": (q[None], torch.zeros(1, *q.shape[:3])),
         "move_rows": (k[0, 0], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
         "page_score": (q, k[0, 0], k[0, 0], *run),
