@@ -361,6 +361,7 @@ PLANS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Entry]]] = {
     "pooled_score": _pooled_calls,
     "paged_attention": decode.paged_calls,
     "page_score": decode.quest_calls,
+    "lowrank_keys": lambda shape, args: decode.lowrank_calls(shape, baselines(shape, args)),
     "select_blocks": _select_calls,
     "xattention": _xattention_calls,
     "overhead": _overhead_calls,
