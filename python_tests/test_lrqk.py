@@ -117,8 +117,8 @@ def layer_of(reader: LRQK, q: torch.Tensor, k: torch.Tensor, chunk: int = 0, fir
 
 def offsets(core: CacheLayer, q: torch.Tensor) -> torch.Tensor:
     """int64 ``[B, Hkv, slots]``, -1 behind: numbers of the tokens that these queries read."""
-    starts, counts = core.pages(q)
-    return (starts - core.table()[0][..., None]).masked_fill(counts == 0, -1)
+    (region,) = core.regions(q)
+    return (region.starts - core.table()[0][..., None]).masked_fill(region.counts == 0, -1)
 
 
 def text(n: int = 300, batch: int = 2, heads: int = 4, dim: int = 16, seed: int = 0):
@@ -217,7 +217,7 @@ def test_factors_are_solved_when_needed_and_again_when_the_text_has_doubled():
     core = layer_of(SMALL, q[:, :, :30], k[:, :, :30])
     solved = []
     for t in range(30, 170):
-        assert core.pages(q[:, :, t - 1 : t])[0].shape[2] == (1 if t <= 40 else 40)
+        assert offsets(core, q[:, :, t - 1 : t]).shape[2] == (1 if t <= 40 else 40)
         solved.append(int(core.digest.solved[0, 0]))
         assert bool((core.digest.factor[:t].abs().sum(1) > 0).all()) == (t > 40)
         core.append(k[:, :, t : t + 1], k[:, :, t : t + 1])
@@ -256,7 +256,7 @@ def test_batches_forks_crops_and_evictions_keep_what_queries_taught():
 def test_a_token_costs_its_factors():
     q, k = text(4000)
     core = layer_of(SMALL, q, k)
-    core.pages(q[:, :, -1:])
+    offsets(core, q[:, :, -1:])
     digest = core.digest
     assert isinstance(digest, Factors) and digest.page_bytes() == 8 * 4
     maps = 4 * (16 * 16 * 4 + 2 * 16 * 8 * 4 + 8)
