@@ -299,3 +299,15 @@ def test_a_rank_above_the_channels_is_told_in_a_sentence():
     cache = kvcache.LRQKCache(model, 100, rank=17, dense_layers=())
     with torch.no_grad(), sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="rank=17 is more than the 16 channels"):
         generate(model, cache, ids, mask)
+
+
+@pytest.mark.parametrize("chunk", [None, 30])
+@pytest.mark.parametrize("tiers", [("device", "host"), ("device", "disk")], ids=str)
+def test_where_tokens_lie_changes_nothing(tiers, chunk):
+    model, (ids, mask) = tiny("Llama"), prompt()
+    settings = dict(decode="lrqk", budget=24, rank=6, recent=8, dense_layers=())
+    with torch.no_grad(), sparse_attn.patch(model, prefill="dense"):
+        expected = generate(model, kvcache.make_cache(model, **settings), ids, mask, prefill_chunk_size=chunk)[1]
+        cache = kvcache.make_cache(model, **settings, tiers=tiers)
+        assert_close(generate(model, cache, ids, mask, prefill_chunk_size=chunk)[1], expected)
+    assert sum(cache.report().tiers.values()) > 0
