@@ -1,4 +1,4 @@
-"""The decode cases of the kernel benchmark: one token over a long flat store, whole or by the pages that Quest chooses."""
+"""The decode cases of the kernel benchmark: one token over a long flat store, whole, by the pages that Quest chooses, from factors."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .entries import GATE, Baseline, Entry, GateError
 
 SPREAD, PAGE, DRAFT = 16.0, 16, 5  # longest run / shortest, rows of a page, queries of a draft
 SHARE = 16  # one of so many pages is read
+RANK, NEAR = 160, 256  # of the factors; rows of the near table
 _GATE_SCORE = 1e-4
 
 
@@ -130,3 +131,24 @@ def quest_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     step()
     read = int(core.read.sum()) * 2 * shape.head_dim * q.element_size() + int(digest.pages.sum()) * digest.page_bytes()
     yield Entry("page_score", step, {"of": f"scan, choose, attend 1/{SHARE}", "bytes": read, **fields}, against=against)
+
+
+def lowrank_calls(shape: Shape, against: dict[str, Baseline]) -> Iterator[Entry]:
+    """The keys of the pages that a generated token reads, a share of the context for each head, from factors."""
+    dtype, heads, dim, pages = DTYPES[shape.dtype], shape.kv_heads, shape.head_dim, -(-shape.n // PAGE)
+    g, chosen = torch.Generator().manual_seed(shape.n), max(1, pages // SHARE)
+    factors, basis = torch.randn(shape.n, RANK, generator=g).to(dtype), torch.randn(1, heads, RANK, dim, generator=g).to(dtype)
+    starts = torch.stack([torch.randperm(pages, generator=g)[:chosen].sort().values for _ in range(heads)])[None] * PAGE
+    counts = (shape.n - starts).clamp(max=PAGE).int()
+    far, near = (torch.randn(n, 2, dim // 2, generator=g) for n in (-(-shape.n // NEAR), NEAR))
+    rest = starts, counts, torch.arange(heads * chosen).view_as(starts) * PAGE, torch.arange(shape.n).int(), far, near
+    rows, exact = torch.zeros(heads * chosen * PAGE, dim, dtype=dtype), torch.zeros(heads * chosen * PAGE, dim, dtype=torch.float64)
+    ops.lowrank_keys(rows, factors, basis, *rest)
+    ops.lowrank_keys.reference(exact, factors.double(), basis.double(), *rest)
+    error = rms_error(rows, exact)
+    if not error <= torch.finfo(dtype).eps:
+        raise GateError(f"lowrank_keys at {shape.n} tokens is off by {error:.2e} (rms, relative); fix the kernel before timing it")
+    tokens = int(counts.sum())
+    fields = {"of": f"rank {RANK}, 1/{SHARE}", "bytes": tokens * (RANK + dim) * rows.element_size(), "rms_error": error,
+              "backend": OPS["lowrank_keys"].chosen(rows, factors, basis, *rest)}
+    yield Entry("lowrank_keys", functools.partial(ops.lowrank_keys, rows, factors, basis, *rest), fields, 2.0 * tokens * RANK * dim, against)

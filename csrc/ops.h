@@ -218,6 +218,21 @@ struct MoveRows {
 };
 void move_rows(const MoveRows& args, const Parallel& parallel);
 
+struct LowrankKeys {
+  void* rows;  // [n_rows, D], contiguous, in the factors' dtype
+  int64_t n_rows;
+  Rows factors;
+  View basis;                        // [B, Hkv, r, D], in the factors' dtype
+  const int64_t *starts, *targets;   // [B, Hkv, pages], contiguous
+  const int32_t* counts;             // [B, Hkv, pages], contiguous
+  int64_t pages;
+  const int32_t* positions;          // [T]
+  const float *far, *near;           // [n_far, 2, pairs] and [n_near, 2, pairs], contiguous
+  int64_t n_far, n_near, pairs;
+  bool interleaved;
+};
+void lowrank_keys(const LowrankKeys& args, const Parallel& parallel);
+
 struct PageScore {
   View q;
   Rows low, high;  // in q's dtype

@@ -7,7 +7,7 @@ Without a policy everything stays. With a reader a few queries read only the pag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from sparse_attn.errors import require
 from sparse_attn.kept import Queries
 
 from .config import CacheConfig
-from .digest import PageDigest
+from .digests import PageDigest
 from .store import Meter, Part, Store
 from .types import Seen
 
@@ -58,10 +58,11 @@ class CacheLayer:
         """Forget the request: tokens, scores, counts and memory."""
         if hasattr(self, "store"):
             self.store.clear()
-            self._follow(moved=True)
+            if self.digest is not None:
+                self.digest.forget()
         self.store = Store(self._meter)
         reader = self.config.decode
-        self.digest = PageDigest(self._meter, reader.page) if reader is not None and not reader.reads_all(self.layer) else None
+        self.digest = reader.digest(self._meter, self.layer) if reader is not None and not reader.reads_all(self.layer) else None
         self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording, self.reading = 0, None, False, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
@@ -97,6 +98,8 @@ class CacheLayer:
         """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last."""
         starts, lengths = self.store.table()
         by_page = self.digest is not None and not self.reading
+        if by_page:
+            self.digest.ready(self._all_rows)
         chosen = self.config.decode.choose(q, lengths, self.digest, first, last) if by_page else None
         if chosen is None:
             starts, self.read = starts[..., None], lengths[..., None].int()
@@ -106,6 +109,12 @@ class CacheLayer:
             self.read = (lengths[..., None] - offsets).clamp(max=page).masked_fill(chosen < 0, 0).int()
             starts = starts[..., None] + offsets
         return starts, self.read
+
+    def _all_rows(self) -> Iterator[tuple[Tensor, int, int, int]]:
+        """Keys of all tokens: see ``digests.pages.Rows``."""
+        for b, row in enumerate(zip(self.store.starts.tolist(), self.store.lengths.tolist())):
+            for h, (start, n) in enumerate(zip(*row)):
+                yield self.store.k[start : start + n], b, h, 0
 
     def _follow(self, moved: bool = False) -> None:
         """Let the digest see what the store holds now; ``moved``: not only the last rows are others."""
@@ -174,6 +183,8 @@ class CacheLayer:
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
         self._drafted, self._opening = self.recording and not self._opening, False
+        if self.digest is not None and queries is not None:
+            self.digest.observe(queries, self.store.k, self.store.starts, self.store.lengths)
         if self.config.policy is None:
             return
         if self._generated() and not self.config.policy.decoding:
@@ -353,7 +364,9 @@ class CacheLayer:
         if self.store.k is None:
             return
         self.store.select(sequences)
-        self._follow(moved=True)
+        if self.digest is not None:
+            self.digest.select(sequences.cpu())
+            self._follow()
         on_host = sequences.cpu()
         self.n_seen = self.n_seen[on_host]
         self._n_new = None if self._n_new is None else self._n_new[on_host]
@@ -365,7 +378,9 @@ class CacheLayer:
         store = self.store.copy(meter)
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store", "digest")})
         twin.store = store
-        twin._follow()
+        if self.digest is not None:
+            twin.digest.copy_from(self.digest)
+            twin._follow()
         return twin
 
     # -- the folder -----------------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ class Store:
         require(bool(((at >= 0) & (at < bound)).all()) and bool((known.diff() > 0).all()),
                 "positions are not those of different tokens that the sequences have seen")
         self.clear()
-        self._set(rows, _side_by_side(lengths), lengths, lengths)
+        self._set(rows, side_by_side(lengths), lengths, lengths)
 
     def remember_true_keys(self) -> None:
         """From now on keep every key as the model rotated it beside the one that is attended."""
@@ -293,12 +293,12 @@ class Store:
     def _renew(self, sources: Tensor, lengths: Tensor) -> None:
         """Move to new memory that holds the rows ``sources`` (run by run) and no room; both exist until it is done."""
         old = self.n_bytes
-        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, _side_by_side(lengths), lengths, lengths)
+        self._set({name: _taken(t, sources) for name, t in self._tensors().items()}, side_by_side(lengths), lengths, lengths)
         self._meter.add(-old)
 
     def _allocate(self, k: Tensor, v: Tensor, room: Tensor) -> None:
         n = int(room.sum())
-        bases = _side_by_side(room)
+        bases = side_by_side(room)
         counters = (torch.empty(0, dtype=dtype, device=k.device) for dtype in (torch.int32, torch.float32))
         rows = {name: empty_rows(like, n) for name, like in zip(("k", "v", "positions", "state"), (k, v, *counters))}
         self._set(rows, bases.clone(), self.lengths, room, bases)
@@ -313,10 +313,10 @@ class Store:
             spare = _growth(self.lengths) if n == 1 else (headroom - self.lengths).clamp(min=0).minimum(self.lengths)
             self._reallocate(wanted + spare)
             return
-        self._move_runs(_side_by_side(self.lengths), descending=False)
+        self._move_runs(side_by_side(self.lengths), descending=False)
         spare = (len(self.positions) - int(wanted.sum())) // wanted.numel()
         self._room = wanted + spare
-        self._bases = _side_by_side(self._room)
+        self._bases = side_by_side(self._room)
         self._move_runs(self._bases, descending=True)
 
     def _move_runs(self, starts: Tensor, descending: bool) -> None:
@@ -329,7 +329,7 @@ class Store:
 
     def _reallocate(self, room: Tensor) -> None:
         """Move every run to the start of a segment of ``room`` rows, one tensor at a time so that little exists twice."""
-        bases = _side_by_side(room)
+        bases = side_by_side(room)
         runs = list(zip(self.starts.flatten().tolist(), bases.flatten().tolist(), self.lengths.flatten().tolist()))
         for name in list(self._tensors()):
             old = getattr(self, name)
@@ -373,7 +373,7 @@ def _taken(t: Tensor, rows: Tensor) -> Tensor:
     return torch.index_select(t, 0, rows, out=empty_rows(t, len(rows)))
 
 
-def _side_by_side(rooms: Tensor) -> Tensor:
+def side_by_side(rooms: Tensor) -> Tensor:
     """Where segments of so many rows begin that follow each other."""
     return rooms.flatten().cumsum(0).view_as(rooms) - rooms
 

@@ -19,6 +19,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .digests import PageDigest
+from .store import Meter
+
 
 def owners(starts: Tensor, lengths: Tensor, n_rows: int) -> Tensor:
     """int64 ``[n_rows]``: number ``b * Hkv + h`` of the run that each row belongs to, -1 for rows of nobody.
@@ -145,34 +148,26 @@ class Budget(Protocol):
         ...
 
 
-class Pages(Protocol):
-    """What is known of the pages of a layer without reading them; see ``kvcache.digest``.
-
-    Attributes:
-        low, high: ``[P, D]`` smallest and largest value of each channel over the keys of a page.
-        starts, pages: int64 ``[B, Hkv]`` on the host: first page and pages of each run.
-    """
-
-    low: Tensor
-    high: Tensor
-    starts: Tensor
-    pages: Tensor
-
-
 class PageReader(Protocol):
     """Says which pages of a layer a few queries read; frozen, so that one serves all layers and requests.
 
     Attributes:
         page: tokens of a page, counted from the first that a head keeps.
+        recent: last tokens that it has to find among the rows themselves, whatever leaves for another tier.
     """
 
     page: int
+    recent: int
 
     def reads_all(self, layer: int) -> bool:
         """Whether a layer of the model reads everything, and needs no digest."""
         ...
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Pages, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def digest(self, meter: Meter, layer: int) -> PageDigest | None:
+        """An empty digest for a layer of the model, its bytes counted by ``meter``; None where none is needed."""
+        ...
+
+    def choose(self, q: Tensor, lengths: Tensor, digest: PageDigest, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
         """int32 ``[B, Hkv, slots]``: numbers of the pages to read, ascending, -1 behind them; None for all.
 
         Args:

@@ -13,7 +13,7 @@ import kvcache
 import sparse_attn
 from kvcache.cache import CacheLayer
 from kvcache.config import CacheConfig
-from kvcache.digest import PageDigest
+from kvcache.digests import MinMax
 from kvcache.policies import KNorm
 from kvcache.readers import Quest
 from kvcache.store import Meter, Store
@@ -37,7 +37,7 @@ class AllPages(Quest):
 # -- the digest ---------------------------------------------------------------------------------------------------------
 
 
-def assert_digest(digest: PageDigest, store: Store) -> None:
+def assert_digest(digest: MinMax, store: Store) -> None:
     """Page for page what plain Python finds in the rows."""
     for b in range(store.lengths.shape[0]):
         for h in range(store.lengths.shape[1]):
@@ -55,7 +55,7 @@ def assert_digest(digest: PageDigest, store: Store) -> None:
 def test_a_digest_that_follows_equals_one_made_anew(data):
     heads, page, dtype = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 4, 16])), data.draw(st.sampled_from(DTYPES))
     batch, meter, g = data.draw(st.integers(1, 3)), Meter(), torch.Generator().manual_seed(0)
-    store, digest, seen = Store(Meter()), PageDigest(meter, page), torch.zeros(batch, dtype=torch.int64)
+    store, digest, seen = Store(Meter()), MinMax(meter, page), torch.zeros(batch, dtype=torch.int64)
     for _ in range(data.draw(st.integers(1, 12))):
         step = data.draw(st.sampled_from(["chunk"] * 4 + ["token"] * 4 + ["drop", "keep", "select", "shrink"] if store.k is not None else ["chunk"]))
         if step in ("chunk", "token"):
@@ -82,7 +82,7 @@ def test_a_digest_that_follows_equals_one_made_anew(data):
 
 
 def test_a_digest_costs_an_eighth_of_the_keys():
-    store, digest = Store(Meter()), PageDigest(Meter(), 16)
+    store, digest = Store(Meter()), MinMax(Meter(), 16)
     keys = torch.randn(2, 4, 4000, 64)
     store.append(keys, keys)
     seen = store.admit(4000, None, None, torch.zeros(2, dtype=torch.int64))

@@ -26,7 +26,7 @@ LAYERS = {
 }
 # what stores bytes and what ranks tokens never meet below cache.py
 STRANGERS = [("kvcache.store", ("kvcache",)), ("kvcache.policies", ("kvcache.store", "kvcache.cache")),
-             ("kvcache.budget", ("kvcache.store", "kvcache.policies"))]
+             ("kvcache.budget", ("kvcache.store", "kvcache.policies")), ("kvcache.tiers", ("kvcache",))]
 # a cycle on paper only: types take block geometry from ops.spans, which imports nothing of ours
 LOWER = {"sparse_attn.ops.spans", "sparse_attn.ops.contract"}
 
@@ -121,6 +121,7 @@ def test_imports_point_one_way(path):
         ("kvcache.store", "from benchmarks.measure import stamp"),
         ("kvcache.store", "from .types import Seen"),
         ("kvcache.policies.tova", "from ..store import Store"),
+        ("kvcache.tiers.pool", "from ..types import Seen"),
         ("kvcache.types", "from .budget import Uniform"),
         ("kvcache.cache", "import transformers"),
         ("sparse_attn.config", "from python_tests import oracle"),

@@ -34,12 +34,15 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     score = torch.rand(1, _HEADS, blocks, blocks, device=device)
     pooled = torch.zeros(1, _HEADS, blocks, _HEAD_DIM, device=device)
     runs = (torch.arange(_KV_HEADS, device=device)[None] * _TOKENS, torch.full((1, _KV_HEADS), _TOKENS, device=device))
+    angles = (torch.zeros(_TOKENS, 2, _HEAD_DIM // 2, device=device),)
     geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
         "key_mass": lambda: (q, k[0].flatten(0, 1), q[..., 0].float(), *runs, scale),
         "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
+        "lowrank_keys": lambda: (k.flatten(0, 2), k[0, 0], k[:, :, :_HEAD_DIM], runs[0][..., None] * 0, runs[1][..., None].int(),
+                                 runs[0][..., None], torch.arange(_TOKENS, dtype=torch.int32, device=device), *angles * 2),
         "merge_attention": lambda: (q[None], score[None, ..., 0].repeat_interleave(_BLOCK, -1)),
         "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
         "page_score": lambda: (q[:, :, -1:], *[k[0, :, ::_BLOCK].flatten(0, 1)] * 2, *(table // _BLOCK for table in runs)),

@@ -283,6 +283,16 @@ Reduce reduce_of(const std::string& name) {
             kParallel);
 }
 
+[[maybe_unused]] void run_lowrank_keys(Tensor rows, Tensor factors, Tensor basis, Tensor starts, Tensor counts, Tensor targets,
+                                       Tensor positions, Tensor far, Tensor near, bool interleaved) {
+  const Flat start(starts, ScalarType::Long), count(counts, ScalarType::Int), target(targets, ScalarType::Long);
+  const Flat position(positions, ScalarType::Int), fars(far, ScalarType::Float), nears(near, ScalarType::Float);
+  lowrank_keys({rows.data_ptr(), rows.size(0), rows_of(factors, "factors"), view(basis), start.data<int64_t>(),
+                target.data<int64_t>(), count.data<int32_t>(), starts.size(2), position.data<int32_t>(), fars.data<float>(),
+                nears.data<float>(), far.size(0), near.size(0), near.size(2), interleaved},
+               kParallel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
@@ -320,6 +330,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.impl("js_distance", TORCH_BOX(&run_js_distance));
   m.def("keep_top(Tensor(a!) out, Tensor score, Tensor starts, Tensor lengths, Tensor counts, int slots) -> ()");
   m.impl("keep_top", TORCH_BOX(&run_keep_top));
+  m.def("lowrank_keys(Tensor(a!) rows, Tensor factors, Tensor basis, Tensor starts, Tensor counts, Tensor targets, "
+        "Tensor positions, Tensor far, Tensor near, bool interleaved) -> ()");
+  m.impl("lowrank_keys", TORCH_BOX(&run_lowrank_keys));
   m.def("move_rows(Tensor(a!) rows, Tensor sources, Tensor targets) -> ()");
   m.impl("move_rows", TORCH_BOX(&run_move_rows));
   m.def("block_sparse_attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, "

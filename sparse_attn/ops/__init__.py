@@ -5,6 +5,7 @@ from .block_sparse_attention import block_sparse_attention
 from .js_distance import js_distance
 from .keep_top import keep_top
 from .key_mass import key_mass
+from .lowrank_keys import lowrank_keys
 from .merge_attention import merge_attention
 from .move_rows import move_rows
 from .page_score import page_score
@@ -19,6 +20,6 @@ from .strided_score import strided_score
 from .window_mass import window_mass
 from .window_score import window_score
 
-__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "key_mass", "merge_attention",
-           "move_rows", "page_score", "paged_attention", "pool_blocks", "pooled_score", "row_score", "select_blocks", "select_global",
-           "strided_score", "use_backend", "window_mass", "window_score"]
+__all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "key_mass", "lowrank_keys",
+           "merge_attention", "move_rows", "page_score", "paged_attention", "pool_blocks", "pooled_score", "row_score",
+           "select_blocks", "select_global", "strided_score", "use_backend", "window_mass", "window_score"]

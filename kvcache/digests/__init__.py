@@ -1,0 +1,7 @@
+"""What readers know of the pages of a layer without reading them, one kind per file."""
+
+from .keys import Keys
+from .min_max import MinMax
+from .pages import PageDigest
+
+__all__ = ["Keys", "MinMax", "PageDigest"]

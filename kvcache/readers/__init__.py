@@ -1,0 +1,12 @@
+"""Every way to read less of what is kept, by name; configuration and tests read this table.
+
+A reader is a frozen dataclass that serves all layers and requests. It sees queries and a digest of the pages, never values.
+"""
+
+from .quest import Quest
+
+READERS = {
+    "quest": Quest,
+}
+
+__all__ = ["READERS", *(cls.__name__ for cls in READERS.values())]
