@@ -2,7 +2,8 @@
 
 A chunk of a prompt, a new turn, a drafted continuation and a single generated token all take the same way: their rows are
 appended, attention reads what was kept and them, the policy looks at what attention saw, and whatever exceeds the budget goes.
-Without a policy everything stays. With a reader a few queries read only the pages that it chooses.
+Without a policy everything stays. With a reader a few queries read only the pages that it chooses. With more than one tier old pages
+leave the store for an archive.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from sparse_attn import ops
 from sparse_attn.errors import require
-from sparse_attn.kept import Queries
+from sparse_attn.kept import FEW_QUERIES, Queries, Region
 
+from .archive import Archive
 from .config import CacheConfig
 from .digests import PageDigest
 from .store import Meter, Part, Store
@@ -28,6 +30,8 @@ Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 # what ``packed`` says of a layer besides its tensors, and which tensors its last queries are
 _FACTS = ("opening", "drafted", "waiting", "floor", "solid", "appended")
 _TAIL = ("q", "lse", "first", "sinks")
+# tokens of a run that may leave for the archive wait for so many
+_FLUSH = 64
 
 
 class CacheLayer:
@@ -38,6 +42,7 @@ class CacheLayer:
         layer, n_layers: which of the model's attention layers this is.
         meter: counts the bytes of all layers of the cache.
         turn: how the layer's keys are rotated, for ``config.roll`` and for policies that need "turn"; None where they are not.
+        archive: takes old pages, where the cache has tiers for them; this layer uses it if its reader leaves anything out.
 
     Attributes:
         n_columns: tokens appended so far, padding included: the length that the model believes in.
@@ -46,12 +51,15 @@ class CacheLayer:
             before the next one was no draft, and ends it.
         reading: while set, a forward over a single token is a chunk of a prompt too, and no chunk is read by pages.
         digest: what the reader knows of the pages; None for a layer that reads everything.
+        archive: None for a layer that reads everything, or whose tokens all stay on the device.
         read: int32, rows of each page that the last few queries read; None before.
     """
 
-    def __init__(self, config: CacheConfig, layer: int, n_layers: int, meter: Meter, turn: Turn | None = None):
+    def __init__(self, config: CacheConfig, layer: int, n_layers: int, meter: Meter, turn: Turn | None = None,
+                 archive: Archive | None = None):
         self.config, self.layer, self.n_layers, self._meter, self._turn = config, layer, n_layers, meter, turn
         self._window = getattr(config.policy, "window", 0)
+        self.archive = archive if config.decode is not None and not config.decode.reads_all(layer) else None
         self.reset()
 
     def reset(self) -> None:
@@ -60,9 +68,13 @@ class CacheLayer:
             self.store.clear()
             if self.digest is not None:
                 self.digest.forget()
+            if self.archive is not None:
+                self.archive.clear()
         self.store = Store(self._meter)
         reader = self.config.decode
         self.digest = reader.digest(self._meter, self.layer) if reader is not None and not reader.reads_all(self.layer) else None
+        require(self.archive is None or self.digest is None or self.digest.outlives_rows,
+                f"{type(reader).__name__} scores every key exactly, so keys cannot leave the device; use tiers=('device',)")
         self.read: Tensor | None = None
         self.n_columns, self.n_seen, self.recording, self.reading = 0, None, False, False
         self._n_new: Tensor | None = None  # real tokens of the last append; None where it was not admitted yet
@@ -90,31 +102,75 @@ class CacheLayer:
         """int64 ``[B, Hkv]`` starts and lengths of the runs, where the rows are."""
         return self.store.table()
 
+    @property
+    def lengths(self) -> Tensor:
+        """int64 ``[B, Hkv]`` on the host: kept tokens of every run, wherever they are."""
+        return self.store.lengths + self._gone
+
+    @property
+    def kv_heads(self) -> int:
+        return self.store.lengths.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the longest run; 0 before the first append."""
+        return 0 if self.store.k is None else int(self.lengths.max())
+
+    @property
+    def _gone(self) -> Tensor:
+        """int64 ``[B, Hkv]``: tokens of every run that have left the store."""
+        found = None if self.archive is None else self.archive.tokens
+        return torch.zeros_like(self.store.lengths) if found is None else found
+
     def parts(self) -> list[Part]:
         """All runs, as few views."""
         return list(self.store.parts())
 
-    def pages(self, q: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last."""
-        starts, lengths = self.store.table()
-        by_page = self.digest is not None and not self.reading
-        if by_page:
-            self.digest.ready(self._all_rows)
-        chosen = self.config.decode.choose(q, lengths, self.digest, first, last) if by_page else None
+    def older(self) -> Iterator[Part]:
+        """What has left the store, a piece at a time."""
+        if self.archive is not None and self.archive.pages is not None:
+            yield from self.archive.parts()
+
+    def regions(self, q: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> Iterator[Region]:
+        """The pages that a few queries read; the first region holds their own tokens."""
+        store, gone = self.store, self._gone
+        starts, lengths = store.table()
+        chosen = self._chosen(q, first, last)
+        archived = self.archive is not None and bool(gone.any())
         if chosen is None:
-            starts, self.read = starts[..., None], lengths[..., None].int()
-        else:
-            page = self.config.decode.page
-            offsets = chosen.long() * page
-            self.read = (lengths[..., None] - offsets).clamp(max=page).masked_fill(chosen < 0, 0).int()
-            starts = starts[..., None] + offsets
-        return starts, self.read
+            self.read = lengths[..., None].int()
+            yield Region(store.k, store.v, starts[..., None], self.read)
+            if archived:
+                self.read = self.lengths[..., None].int()
+                yield from self.archive.regions()
+            return
+        page = self.config.decode.page
+        offsets = chosen.long() * page - gone.to(q.device)[..., None]
+        own = (chosen >= 0) & (offsets >= 0)
+        counts = (lengths[..., None] - offsets).clamp(max=page).masked_fill(~own, 0).int()
+        coming = self.archive.fetch(chosen.masked_fill(own, -1)) if archived else None
+        self.read = counts if coming is None else counts + coming.region.counts
+        yield Region(store.k, store.v, starts[..., None] + offsets, counts)
+        if coming is not None:
+            yield coming.wait()
+
+    def _chosen(self, q: Tensor, first: Tensor | None, last: Tensor | None) -> Tensor | None:
+        """What the reader says; None for everything."""
+        if self.digest is None or self.reading:
+            return None
+        if self.archive is not None and self.archive.pages is not None:
+            self.archive.prepare()
+        self.digest.ready(self._all_rows)
+        return self.config.decode.choose(q, self.lengths.to(q.device), self.digest, first, last)
 
     def _all_rows(self) -> Iterator[tuple[Tensor, int, int, int]]:
         """Keys of all tokens: see ``digests.pages.Rows``."""
-        for b, row in enumerate(zip(self.store.starts.tolist(), self.store.lengths.tolist())):
-            for h, (start, n) in enumerate(zip(*row)):
-                yield self.store.k[start : start + n], b, h, 0
+        for b, (starts, lengths) in enumerate(zip(self.store.starts.tolist(), self.store.lengths.tolist())):
+            gone = [0] * len(starts)
+            for h, keys in self.archive.keys(b) if self.archive is not None and self.archive.pages is not None else ():
+                yield keys, b, h, gone[h]
+                gone[h] += len(keys)
+            yield from ((self.store.k[start : start + n], b, h, gone[h]) for h, (start, n) in enumerate(zip(starts, lengths)))
 
     def _follow(self, moved: bool = False) -> None:
         """Let the digest see what the store holds now; ``moved``: not only the last rows are others."""
@@ -123,7 +179,37 @@ class CacheLayer:
         if moved:
             self.digest.clear()
         if self.store.k is not None:
-            self.digest.update(self.store.k, self.store.starts, self.store.lengths)
+            self.digest.update(self.store.k, self.store.starts - self._gone, self.lengths)
+
+    def _archive(self) -> None:
+        """Let old pages leave for slower memory; with a policy only once it has chosen what stays."""
+        if self.archive is None or self.config.policy is not None and not self._generated():
+            return
+        if self._appended > FEW_QUERIES or int(self.store.lengths.max()) >= self.config.decode.recent + _FLUSH:
+            self.archive.take(self.store, self.config.decode.recent)
+
+    def _recall(self) -> None:
+        """Bring everything back to the store."""
+        if self.archive is None or self.archive.pages is None:
+            return
+        rows = self._whole()
+        self.archive.clear()
+        self.store.fill(rows, self.n_seen)
+        self._follow()
+
+    def _whole(self) -> dict[str, Tensor]:
+        """``Store.packed`` of all tokens."""
+        rows = self.store.packed()
+        if self.archive is None or self.archive.pages is None:
+            return rows
+        sizes, made = rows["lengths"].flatten().tolist(), {name: [] for name in ("k", "v", "positions", "state")}
+        pieces = {name: iter(rows[name].split(sizes)) for name in made}
+        for b in range(len(rows["lengths"])):
+            for k, v, positions in self.archive.rows(b):
+                of = {"k": k, "v": v, "positions": positions.to(k.device), "state": torch.zeros(len(k), device=k.device)}
+                for name, found in made.items():
+                    found += [of[name], next(pieces[name])]
+        return {"lengths": self.lengths} | {name: torch.cat(found) for name, found in made.items()}
 
     # -- the way of a chunk ---------------------------------------------------------------------------------------------------
 
@@ -138,6 +224,8 @@ class CacheLayer:
         self.settle(n)
         if self.n_seen is None:
             self.n_seen = torch.zeros(batch, dtype=torch.int64)
+        if n > FEW_QUERIES and self.config.policy is not None:
+            self._recall()
         if n == 1 and self._appended > 1:
             self.store.shrink()
         self.store.append(k, v, self._headroom(n))
@@ -184,7 +272,11 @@ class CacheLayer:
         """
         self._drafted, self._opening = self.recording and not self._opening, False
         if self.digest is not None and queries is not None:
-            self.digest.observe(queries, self.store.k, self.store.starts, self.store.lengths)
+            self.digest.observe(queries, self.store.k, self.store.starts - self._gone, self.lengths)
+        self._show_policy(queries, in_place)
+        self._archive()
+
+    def _show_policy(self, queries: Queries | None, in_place: bool) -> None:
         if self.config.policy is None:
             return
         if self._generated() and not self.config.policy.decoding:
@@ -247,11 +339,14 @@ class CacheLayer:
 
     def _evict(self, seen: Seen, in_place: bool = True) -> None:
         self._waiting = False
-        lengths = self.store.lengths
+        lengths = self.lengths
         tokens = self.config.budget.layer_tokens(self.layer, self.n_layers, self.n_seen)
         tokens = tokens.clamp(min=self.config.protected)  # a share of few tokens is less
         if bool((lengths.sum(1) <= tokens * lengths.shape[1]).all()):
             return
+        if self.archive is not None and self.archive.pages is not None:
+            self._recall()
+            seen = self._seen(None)
         rank = self._protected(self.config.policy.rank(seen, self.store.state), seen)
         counts = self.config.budget.per_head(rank, seen.starts, seen.lengths, tokens, self.layer)
         kept = torch.minimum(counts.cpu().long(), lengths)
@@ -329,6 +424,8 @@ class CacheLayer:
         self.require_croppable(n)
         if self.store.k is None:
             return
+        if n > int(self.store.lengths.min()):
+            self._recall()
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
@@ -364,6 +461,8 @@ class CacheLayer:
         if self.store.k is None:
             return
         self.store.select(sequences)
+        if self.archive is not None:
+            self.archive.select(sequences.cpu())
         if self.digest is not None:
             self.digest.select(sequences.cpu())
             self._follow()
@@ -376,8 +475,10 @@ class CacheLayer:
         """The same layer in memory of its own."""
         twin = CacheLayer(self.config, self.layer, self.n_layers, meter, self._turn)
         store = self.store.copy(meter)
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store", "digest")})
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_meter", "store", "digest", "archive")})
         twin.store = store
+        if self.archive is not None:
+            twin.archive = self.archive.copy(meter)
         if self.digest is not None:
             twin.digest.copy_from(self.digest)
             twin._follow()
@@ -397,7 +498,9 @@ class CacheLayer:
         if self.store.k is None:
             return {}, {}
         facts = {"columns": self.n_columns} | {name: getattr(self, f"_{name}") for name in _FACTS} | {"recording": self.recording}
-        tensors = self.store.packed() | {"n_seen": self.n_seen, "n_new": self._n_new}
+        tensors = self._whole() | {"n_seen": self.n_seen, "n_new": self._n_new}
+        if self.digest is not None:
+            tensors |= {f"digest_{name}": t for name in self.digest.learned if (t := getattr(self.digest, name)) is not None}
         if self._tail is not None:
             facts |= {"scale": self._tail.scale, "softcap": self._tail.softcap}
             tensors |= {f"tail_{name}": t for name in _TAIL if (t := getattr(self._tail, name)) is not None}
@@ -414,8 +517,12 @@ class CacheLayer:
             return
         tail = {name: tensors.pop(f"tail_{name}", None) for name in _TAIL}
         self.n_seen, self._n_new = (tensors.pop(name).cpu() for name in ("n_seen", "n_new"))
+        if self.digest is not None:
+            self.digest.recall({name: t for name in self.digest.learned if (t := tensors.pop(f"digest_{name}", None)) is not None})
         self.store.fill(tensors, self.n_seen)
         self._follow()
+        if self.archive is not None and self.config.policy is None:
+            self.archive.take(self.store, self.config.decode.recent)
         self.n_columns, self.recording = facts["columns"], facts["recording"]
         for name in _FACTS:
             setattr(self, f"_{name}", facts[name])

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from sparse_attn.errors import ContractError, require
 
 from .budget import BUDGETS, Budget
+from .codecs import CODECS, Plain
 from .policies import POLICIES
 from .readers import READERS
-from .types import CachePolicy, PageReader
+from .tiers import TIERS, as_tiers
+from .tiers.specs import Tier
+from .types import CachePolicy, Codec, PageReader
 
 # a policy with a budget of its own: name -> (policy, budget)
 _EVICTING = {name: (name, "uniform") for name in POLICIES} | {
@@ -18,8 +21,10 @@ _EVICTING = {name: (name, "uniform") for name in POLICIES} | {
     "adakv": ("snapkv", "per_head"),
     "duo": ("streaming", "duo_heads"),
 }
+# a reader with a form and a place for what it reads from: name -> settings
+_RETRIEVING: dict[str, dict] = {}
 # every name that ``make_cache`` takes
-METHODS = (*_EVICTING, *READERS)
+METHODS = (*_EVICTING, *READERS, *_RETRIEVING)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class CacheConfig:
             could mistake a chunk of one token for it.
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
         decode: which pages of what is kept a few queries read, generated tokens and drafts; None for all.
+        tiers: where tokens live, fastest first. With more than "device", pages that are older than what the reader needs at hand leave
+            the device: "host" is its memory, pinned where there is an accelerator, "disk" a file. Names, or values of ``kvcache.tiers``
+            that say how many bytes a tier may take.
+        codec: what keys become when they leave the device.
     """
 
     policy: CachePolicy | None
@@ -50,9 +59,12 @@ class CacheConfig:
     prompt_length: int | None = None
     roll: bool = False
     decode: PageReader | None = None
+    tiers: tuple[Tier, ...] = ("device",)
+    codec: Codec = Plain()
 
     def __post_init__(self):
         require(self.decode is None or hasattr(self.decode, "choose"), f"decode={self.decode!r} is no reader; names go to make_cache")
+        self._place()
         if self.policy is None:
             return self._keep_everything()
         made = hasattr(self.policy, "rank") and isinstance(self.budget, Budget)
@@ -80,11 +92,22 @@ class CacheConfig:
                 f"{type(self.policy).__name__} evicts while tokens are generated, and what is known of a page would be wrong by the next "
                 "token; with decode= use a policy that evicts the prompt only, such as snapkv")
 
+    def _place(self) -> None:
+        object.__setattr__(self, "tiers", as_tiers(self.tiers))
+        require(hasattr(self.codec, "layer"), f"codec={self.codec!r} is no codec; names go to make_cache")
+        lower = len(self.tiers) > 1
+        require(not lower or self.decode is not None,
+                f"tiers={[_named(t, TIERS)['name'] for t in self.tiers]} without decode= would bring every page back for every token; name a way to read less, one of "
+                f"{_listed(READERS)}")
+        require(lower or isinstance(self.codec, Plain),
+                f"{type(self.codec).__name__} says what keys become when they leave the device, and tiers=('device',) keeps them there; add 'host'")
+        require(not lower or not self.roll, "roll=True turns keys that have left the device; use one of roll and tiers")
+
     def _keep_everything(self) -> None:
         require(self.decode is not None, "CacheConfig takes a policy and a budget, or decode= to keep everything; got none of them")
         require(self.budget is None, "a budget needs a policy, which says what has to go; name one, or leave the budget out")
         for field in fields(self):
-            useless = field.name not in ("policy", "budget", "decode") and getattr(self, field.name) not in (field.default, 0)
+            useless = field.name not in ("policy", "budget", "decode", "tiers", "codec") and getattr(self, field.name) not in (field.default, 0)
             require(not useless, f"{field.name} says how to evict, but without a policy everything stays; leave it out")
         for name in ("sinks", "recent"):
             object.__setattr__(self, name, 0)
@@ -97,7 +120,8 @@ class CacheConfig:
     def to_json(self) -> dict:
         """The JSON form, as the value that ``json.dumps`` takes and ``from_json`` reads."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS), "decode": _named(self.decode, READERS)}
+        return plain | {"policy": _named(self.policy, POLICIES), "budget": _named(self.budget, BUDGETS), "decode": _named(self.decode, READERS),
+                        "tiers": [_named(tier, TIERS) for tier in self.tiers], "codec": _named(self.codec, CODECS)}
 
     @classmethod
     def from_json(cls, value: dict) -> CacheConfig:
@@ -105,8 +129,9 @@ class CacheConfig:
         require(isinstance(value, dict), f"a cache config is a dict, got {type(value).__name__}")
         _require_known(value, [f.name for f in fields(cls)], "the cache config")
         require("policy" in value and "budget" in value, f"a cache config needs policy and budget, got {_listed(value) or 'nothing'}")
-        made = {name: _made(value.get(name), table, what) for name, table, what in (
-            ("policy", POLICIES, "policy"), ("budget", BUDGETS, "budget"), ("decode", READERS, "way to read less"))}
+        made = {name: _made(value[name], table, what) for name, table, what in (
+            ("policy", POLICIES, "policy"), ("budget", BUDGETS, "budget"), ("decode", READERS, "way to read less"),
+            ("codec", CODECS, "codec")) if name in value}
         return cls(**value | made)
 
 
@@ -139,18 +164,25 @@ sinks, decay, kernel, pool, reduce, window
         >>> as_config("snapkv", 4096, decode={"name": "quest", "budget": 512}).decode.budget
         512
     """
-    own = {f.name for f in fields(CacheConfig)} - {"policy", "budget"}
+    own = {f.name for f in fields(CacheConfig)} - {"policy", "budget", "tiers", "codec"}
     if isinstance(policy, dict):
         require("name" in policy, f"the policy has no 'name' in {policy}; there are {_listed(METHODS)}")
         settings = {key: v for key, v in policy.items() if key != "name"} | settings
         policy = policy["name"]
     decode = settings.pop("decode", None)
-    if isinstance(policy, str) and policy in READERS:
+    if isinstance(policy, str) and policy in (*READERS, *_RETRIEVING):
         require(decode is None, f"{policy} says how to read, and so does decode=; leave one of them out")
         policy, decode = None, policy
+    placed = {key: settings.pop(key) for key in ("tiers", "codec") if key in settings}
+    if isinstance(decode, str) and decode in _RETRIEVING:
+        placed = {**_RETRIEVING[decode], **placed}
+        decode = placed.pop("decode")
+    placed["codec"] = _as_codec(placed.get("codec", "plain"), decode, settings)
     if policy is None:
-        require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of {_listed(READERS)}")
-        return CacheConfig(None, None, decode=_as_reader(decode, settings | ({"budget": budget} if budget is not None else {})))
+        require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of "
+                f"{_listed((*READERS, *_RETRIEVING))}")
+        given = settings | ({"budget": budget} if budget is not None else {})
+        return CacheConfig(None, None, decode=_as_reader(decode, given), **placed)
     name, kind = (policy, "uniform") if isinstance(policy, str) else (type(policy).__name__, "uniform")
     takes_policy: set[str] = set()
     if isinstance(policy, str):
@@ -172,7 +204,7 @@ sinks, decay, kernel, pool, reduce, window
         budget = _sized(kind, budget, of_budget)
     elif isinstance(budget, dict):
         budget = _made(budget, BUDGETS, "budget")
-    return CacheConfig(policy, budget, decode=_as_reader(decode, {}), **settings)
+    return CacheConfig(policy, budget, decode=_as_reader(decode, {}), **placed, **settings)
 
 
 def _as_reader(decode: PageReader | str | dict | None, arguments: dict) -> PageReader | None:
@@ -182,6 +214,18 @@ def _as_reader(decode: PageReader | str | dict | None, arguments: dict) -> PageR
         return _made({**decode, **arguments}, READERS, "way to read less")
     require(not arguments, f"{type(decode).__name__} says itself how to read; leave {_listed(arguments)} out")
     return decode
+
+
+def _as_codec(codec: Codec | str | dict, decode: PageReader | str | dict | None, settings: dict) -> Codec:
+    """Takes from ``settings`` what is the codec's and not the reader's."""
+    if isinstance(codec, str):
+        codec = {"name": codec}
+    if not isinstance(codec, dict) or codec.get("name") not in CODECS:
+        return _made(codec, CODECS, "codec")
+    reader = READERS.get(decode if isinstance(decode, str) else "")
+    readers = {f.name for f in fields(reader)} if reader else set()
+    own = [f.name for f in fields(CODECS[codec["name"]]) if f.name in settings and f.name not in readers]
+    return _made({**codec, **{name: settings.pop(name) for name in own}}, CODECS, "codec")
 
 
 def _sized(kind: str, size: int | float | None, arguments: dict) -> Budget:

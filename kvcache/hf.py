@@ -20,13 +20,16 @@ from sparse_attn.hf import model_id, model_rotations, runs_ours
 from sparse_attn.kept import leave
 from sparse_attn.layout import layout_of
 from sparse_attn.profile import ModelId
+from sparse_attn.rotary import Rotation
 
+from .archive import Archive
 from .budget import Budget
 from .cache import CacheLayer
 from .config import METHODS, CacheConfig, as_config
 from .report import CacheReport
 from .save import Saved, write
 from .store import Meter
+from .tiers import Pools
 from .types import CachePolicy
 
 
@@ -152,7 +155,7 @@ class KVPolicyLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self.core.settle(query_length)
-        kept = self.core.store.longest
+        kept = self.core.n_tokens
         return kept + query_length, self.core.n_columns - kept
 
     def get_max_length(self) -> int:
@@ -259,12 +262,13 @@ class KVCache(Cache):
         self._model = weakref.ref(model) if isinstance(model, PreTrainedModel) else None
         text = whole.get_text_config(decoder=True)
         self._together = _Together(text, attention_mask)
+        rotates = config.roll or "turn" in getattr(config.policy, "needs", ())
+        wanted_by = "roll=True" if config.roll else type(config.policy if rotates else config.codec).__name__
         turns = {}
-        wanted_by = "roll=True" if config.roll else type(config.policy).__name__
-        if config.roll or "turn" in getattr(config.policy, "needs", ()):
+        if rotates or config.codec.unrotates:
             require(isinstance(model, PreTrainedModel),
                     f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
-            turns = {index: rotation.move for index, rotation in model_rotations(model, wanted_by).items()}
+            turns = model_rotations(model, wanted_by)
         if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
             config.policy.require_model(model_id(model))
         layers = DynamicCache(config=text).layers
@@ -278,9 +282,18 @@ class KVCache(Cache):
                 "leave one of them out of its dense_layers")
         if config.budget is not None:
             config.budget.require_model(len(layers), getattr(text, "num_key_value_heads", None))
+        self.pools = Pools(config.tiers) if len(config.tiers) > 1 else None
         for i in own:
-            layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turns.get(i)), self._together)
+            turn = turns[i].move if i in turns and rotates else None
+            archive = self._archive_of(i, turns.get(i))
+            layers[i] = KVPolicyLayer(CacheLayer(config, i, len(layers), self.meter, turn, archive), self._together)
         super().__init__(layers=layers)
+
+    def _archive_of(self, layer: int, rotation: Rotation | None) -> Archive | None:
+        reader = self.kept.decode
+        if self.pools is None or reader.reads_all(layer):
+            return None
+        return Archive(self.meter, reader.page, max(reader.budget // reader.page, 2), self.pools, self.kept.codec.layer(self.meter, rotation))
 
     def fork(self) -> KVCache:
         """A second cache with the same contents in memory of its own: ask several questions of one prefilled text."""
@@ -345,7 +358,7 @@ class KVCache(Cache):
 
     def report(self) -> CacheReport:
         """Kept tokens and bytes, measured and by formula."""
-        return CacheReport.of(self._together.cores, self.meter)
+        return CacheReport.of(self._together.cores, self.meter, self.pools)
 
 
 def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheConfig | None = None,
@@ -359,7 +372,8 @@ def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheC
         budget: tokens per KV head; a share of the tokens seen so far if not above 1.0; a budget; or its JSON form. Where everything
             is kept, the tokens per KV head that a generated token reads.
         attention_mask: see KVCache.
-        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll, decode), of the policy and of its budget.
+        settings: fields of CacheConfig (sinks, recent, grace, evict, prompt_length, roll, decode, tiers, codec), of the policy and of its
+            budget; or of the reader and the codec, where everything is kept.
 
     Raises:
         ContractError: on unknown names or arguments, or sizes that contradict each other.
@@ -372,6 +386,7 @@ def make_cache(model: PreTrainedModel, policy: CachePolicy | str | dict | CacheC
         print(cache.report())
         cache = kvcache.make_cache(model, decode="quest", budget=2048)  # keeps everything
         cache = kvcache.make_cache(model, "snapkv", 16384, decode={"name": "quest", "budget": 1024})  # evicts, then reads little
+        cache = kvcache.make_cache(model, decode="quest", tiers=("device", "host", {"name": "disk", "folder": "/scratch"}))
     """
     if isinstance(policy, CacheConfig):
         require(budget is None and not settings, "a CacheConfig says everything; leave budget and the other settings out")
@@ -468,7 +483,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest"), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest", "lrqk"), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
@@ -496,6 +511,7 @@ AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that sp
 TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
 LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
 QuestCache = _named("QuestCache", "quest", "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
+LRQKCache = _named("LRQKCache", "lrqk", "Everything; a step reads the tokens that a product of low rank finds (LRQK, arXiv:2510.23649).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:

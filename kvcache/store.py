@@ -203,6 +203,10 @@ class Store:
             ops.move_rows(t, sources, targets)
         self.lengths = self.lengths - where.long()
 
+    def forget_first(self, n: Tensor) -> None:
+        """Let go of the first ``n`` (int64 ``[B, Hkv]`` on the host) tokens of every run; their rows are used again when room is needed."""
+        self.starts, self.lengths = self.starts + n, self.lengths - n
+
     def drop(self, n: Tensor) -> None:
         """Forget the last ``n`` (int64 ``[B]``) appended tokens of every run of a sequence."""
         self.lengths = self.lengths - n[:, None]
@@ -211,7 +215,7 @@ class Store:
         """Make the sequences numbered ``sequences`` (int64 ``[B']``, repeats allowed) the batch."""
         sequences = sequences.cpu()
         lengths = self.lengths[sequences]
-        self._renew(self._rows_of(self.starts[sequences], lengths), lengths)
+        self._renew(self.rows_of(self.starts[sequences], lengths), lengths)
 
     def shrink(self) -> None:
         """Give back the room that no run uses, but for what the next few tokens need."""
@@ -231,7 +235,7 @@ class Store:
         """``lengths``, and the rows of all runs one behind the other, in memory of their own; nothing before the first append."""
         if self.k is None:
             return {}
-        rows = self._rows_of(self.starts, self.lengths)
+        rows = self.rows_of(self.starts, self.lengths)
         return {"lengths": self.lengths.clone()} | {name: _taken(t, rows) for name, t in self._tensors().items()}
 
     def fill(self, packed: dict[str, Tensor], n_seen: Tensor) -> None:
@@ -278,7 +282,7 @@ class Store:
         if self.k_true is not None:
             self.k_true[rows] = self.k[rows]
 
-    def _rows_of(self, starts: Tensor, lengths: Tensor) -> Tensor:
+    def rows_of(self, starts: Tensor, lengths: Tensor) -> Tensor:
         """int64: all rows of these runs, one run behind the other, where the rows are."""
         runs = zip(starts.flatten().tolist(), lengths.flatten().tolist())
         return torch.cat([torch.arange(s, s + n) for s, n in runs]).to(self.k.device)
@@ -320,7 +324,7 @@ class Store:
         self._move_runs(self._bases, descending=True)
 
     def _move_runs(self, starts: Tensor, descending: bool) -> None:
-        sources, targets = self._rows_of(self.starts, self.lengths), self._rows_of(starts, self.lengths)
+        sources, targets = self.rows_of(self.starts, self.lengths), self.rows_of(starts, self.lengths)
         if descending:
             sources, targets = sources.flip(0), targets.flip(0)
         for t in self._tensors().values():

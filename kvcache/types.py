@@ -11,13 +11,15 @@ nothing, ``positions`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from sparse_attn.rotary import Rotation
 
 from .digests import PageDigest
 from .store import Meter
@@ -175,4 +177,52 @@ class PageReader(Protocol):
             lengths: int64 ``[B, Hkv]`` rows of each run, where q is; the digest has seen them.
             first, last: int32 ``[B]``, the real queries of each sequence; None for all.
         """
+        ...
+
+
+class KeyForm(Protocol):
+    """Keys of the older tokens of one layer in a form that is not the keys themselves. All KV heads hold the same tokens."""
+
+    n_bytes: int
+
+    def fit(self, pieces: Callable[[], Iterator[tuple[int, Tensor, Tensor]]]) -> None:
+        """Take the first tokens.
+
+        Args:
+            pieces: yields sequence, keys ``[Hkv, n, D]`` and int64 positions ``[n]`` of all tokens in order; may be called again.
+        """
+        ...
+
+    def append(self, b: int, k: Tensor, positions: Tensor) -> None:
+        """Take the next tokens of a sequence, as ``fit`` gets them."""
+        ...
+
+    def rebuild(self, pages: Tensor, page: int, out: Tensor, targets: Tensor) -> None:
+        """Write the keys of pages (int32 ``[B, Hkv, m]`` numbers, -1 for none) to the rows of ``out`` from int64 ``targets`` on."""
+        ...
+
+    def select(self, sequences: Tensor) -> None:
+        """Make the sequences with these numbers (host, repeats allowed) the batch."""
+        ...
+
+    def copy(self, meter: Meter) -> KeyForm:
+        """The same in memory of its own, counted by ``meter``."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything and release the memory."""
+        ...
+
+
+class Codec(Protocol):
+    """Says what keys become when they leave the device; frozen, so that one serves all layers and requests.
+
+    Attributes:
+        unrotates: whether it has to know how the model rotates.
+    """
+
+    unrotates: ClassVar[bool]
+
+    def layer(self, meter: Meter, rotation: Rotation | None) -> KeyForm | None:
+        """What holds the keys of one layer, whose rotation is given where it rotates; None to keep them as they are."""
         ...

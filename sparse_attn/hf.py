@@ -145,8 +145,7 @@ class _Call:
             kept.withdraw()
             raise ContractError(f"{type(self.module).__name__} cannot attend over an evicting cache: {refusal}")
         kept.admit(layout.first, layout.last)
-        _, lengths = kept.table()
-        n_seen = int(lengths.max())
+        n_seen = kept.n_tokens
         unwanted = _why_dense(config, self.module, n_q, n_seen)
         whole = Layout(n_seen - n_q, n_seen, n_seen)
         ctx = replace(self._context(whole), first=layout.first, last=layout.last, segments=None)

@@ -7,6 +7,7 @@ tensors that it returns, and the attention function that receives them takes it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,21 @@ class Part(Protocol):
     v: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Keys and values of one memory, and the pages of them that a few queries read: arguments of ``ops.paged_attention``.
+
+    Attributes:
+        own: whether the last rows are the queries' own tokens; otherwise all of them are older.
+    """
+
+    k: Tensor
+    v: Tensor
+    starts: Tensor
+    counts: Tensor
+    own: bool = True
+
+
 class KeptKV(Protocol):
     """A cache layer between ``update`` and the end of attention. Its tokens lie in runs: see ``ops.paged_attention``."""
 
@@ -64,14 +80,22 @@ class KeptKV(Protocol):
     def withdraw(self) -> None:
         """Attention refused: forget the appended tokens."""
 
-    def table(self) -> tuple[Tensor, Tensor]:
-        """int64 ``[B, Hkv]`` starts and lengths of the runs."""
+    @property
+    def kv_heads(self) -> int:
+        """Runs of each sequence."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the longest run, wherever they are."""
 
     def parts(self) -> list[Part]:
-        """All runs, as few views."""
+        """All runs, as few views, but for what ``older`` brings."""
 
-    def pages(self, q: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """int64 and int32 ``[B, Hkv, P]``: first row and rows of the pages that a few queries read, their own tokens last.
+    def older(self) -> Iterator[Part]:
+        """Tokens before those of ``parts`` that lie elsewhere, a piece of each run at a time; valid until the next is asked for."""
+
+    def regions(self, q: Tensor, first: Tensor | None, last: Tensor | None) -> Iterator[Region]:
+        """What a few queries read; the first region holds their own tokens. Valid until the next one is asked for.
 
         q is ``[B, H, Nq, D]``; int32 ``[B]`` bounds say which queries are real, None for all.
         """
@@ -125,9 +149,11 @@ def attend_kept(q: Tensor, kept: KeptKV, ctx: LayerContext, selector: Selector, 
     """
     batch, heads, n_q, _ = q.shape
     if n_q <= FEW_QUERIES:
-        pages = kept.pages(q, ctx.first, ctx.last)
-        out, lse = ops.paged_attention(q, kept.k, kept.v, *pages, ctx.scale, True, ctx.softcap, ctx.sinks, ctx.first, ctx.last)
-        return KeptAttended(out, lse, [])
+        found = _Sum()
+        for r in kept.regions(q, ctx.first, ctx.last):
+            sinks = ctx.sinks if r.own else None
+            found.add(*ops.paged_attention(q, r.k, r.v, r.starts, r.counts, ctx.scale, r.own, ctx.softcap, sinks, ctx.first, ctx.last))
+        return KeptAttended(*found.total(q.dtype), [])
     parts = list(kept.parts())
     group = heads // sum(p.k.shape[1] for p in parts if p.rows.start == 0)
     low = [0] * batch if ctx.first is None else ctx.first.tolist()
@@ -153,7 +179,51 @@ def attend_kept(q: Tensor, kept: KeptKV, ctx: LayerContext, selector: Selector, 
             out = attended.out
         else:
             out[part.rows, of, rows] = attended.out
-    return KeptAttended(out, lse, calls)
+    return KeptAttended(*_with_older(q, kept, ctx, few, _Sum(out, lse), list(zip(low, high))).total(q.dtype), calls)
+
+
+class _Sum:
+    """Attention over the union of disjoint keys, a part at a time, kept in float32 while there are several."""
+
+    def __init__(self, out: Tensor | None = None, lse: Tensor | None = None):
+        self.out, self.lse = out, lse
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        if self.out is None:
+            self.out, self.lse = out, lse
+        else:
+            wide = torch.promote_types(out.dtype, torch.float32)
+            self.out, self.lse = ops.merge_attention(torch.stack([self.out.to(wide), out.to(wide)]), torch.stack([self.lse, lse]))
+
+    def total(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.out.to(dtype), self.lse
+
+
+def _with_older(q: Tensor, kept: KeptKV, ctx: LayerContext, reads_all: Selector, found: _Sum, real: list[tuple[int, int]]) -> _Sum:
+    """Add what lies elsewhere; all of it is older than every query."""
+    group = q.shape[1] // kept.kv_heads
+    for part in kept.older():
+        out, lse = torch.zeros_like(found.out), torch.full_like(found.lse, float("-inf"))
+        heads = slice(part.heads.start * group, part.heads.stop * group)
+        for at, low, high in _alike(part, real):
+            if low == high:
+                continue
+            own = LayerContext(ctx.layer, ctx.scale, 0, causal=False, softcap=ctx.softcap, n_layers=ctx.n_layers)
+            rows = slice(at.start - part.rows.start, at.stop - part.rows.start)
+            attended = sparse_attention(q[at, heads, low:high], ResidentKV(part.k[rows], part.v[rows]), own, reads_all)
+            out[at, heads, low:high], lse[at, heads, low:high] = attended.out, attended.lse
+        found.add(out, lse)
+    return found
+
+
+def _alike(part: Part, real: list[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:
+    """The sequences of a part that have the same real queries, at once if all have."""
+    of = real[part.rows]
+    if len(set(of)) == 1:
+        yield part.rows, *of[0]
+        return
+    for b, bounds in enumerate(of, part.rows.start):
+        yield slice(b, b + 1), *bounds
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,9 @@
+"""Every form that keys may take when they leave the device, by name; configuration and tests read this table."""
+
+from .plain import Plain
+
+CODECS = {
+    "plain": Plain,
+}
+
+__all__ = ["CODECS", *(cls.__name__ for cls in CODECS.values())]
