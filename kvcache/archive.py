@@ -188,7 +188,7 @@ class Archive:
             for piece in self._pieces(values=False):
                 yield piece.b, piece.k, piece.positions[0].long()
 
-        self._factors.fit(pieces)
+        self._factors.fit(pieces, len(self.pages))
         self._keys.release(self._at.keys[self._here()])
         self._fitted = True
 
