@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_archive import archived, spread
 from test_cache import assert_close, generate, prompt
-from test_transformers import tiny
+from test_transformers import tiny, tokens
 
+import kvcache
 import sparse_attn
 from kvcache.codecs import LowRankKeys
 from kvcache.config import CacheConfig, as_config
@@ -69,6 +70,15 @@ def made(rank: int, sequences: list[tuple[torch.Tensor, torch.Tensor]], rotation
     return factors
 
 
+def everything(factors, b: int) -> torch.Tensor:
+    """``[HEADS, n, D]``: all keys of a sequence, as one page."""
+    (batch, heads, _, dim), n = factors.basis.shape, int(factors.lengths[b])
+    out, pages = torch.empty(heads * n, dim, dtype=factors.factors.dtype), torch.full((batch, heads, 1), -1).int()
+    pages[b] = 0
+    factors.rebuild(pages, n, out, (torch.arange(heads) * n)[None, :, None].expand(batch, heads, 1))
+    return out.view(heads, n, dim)
+
+
 def counted(factors) -> bool:
     return factors._meter.now == factors.n_bytes
 
@@ -88,7 +98,7 @@ def test_full_rank_gives_the_keys_back(rotation, dtype):
     k = rotated(torch.randn(HEADS, 70, DIM), rotation, at).to(dtype)
     factors = made(HEADS * DIM, [(k, at)], rotation, piece=32)
     # of bfloat16 keys: factors, basis and keys round once each, and another layout rounds before it rotates
-    assert_close(factors.all(0).float(), k.float(), 2e-5 if dtype == torch.float32 else 0.05)
+    assert_close(everything(factors, 0).float(), k.float(), 2e-5 if dtype == torch.float32 else 0.05)
     assert abs(float(factors.energy[0]) - 1) < 1e-9 and counted(factors)
 
 
@@ -101,7 +111,7 @@ def test_the_error_is_the_tail_of_the_singular_values(rank, piece, seed, noise):
     factors = made(rank, [(k, at)], rotation, piece)
     values = torch.linalg.svdvals(keys.transpose(0, 1).flatten(1).double())
     total, tail = (values**2).sum(), (values[rank:] ** 2).sum()
-    error = (factors.all(0).double() - k.double()).pow(2).sum()
+    error = (everything(factors, 0).double() - k.double()).pow(2).sum()
     assert abs(error - tail) < 1e-4 * total
     assert abs(float(factors.energy[0]) - float(1 - tail / total)) < 1e-5
 
@@ -110,7 +120,7 @@ def test_rounded_factors_cost_as_much_as_a_rounded_key():
     """The claim of the docstring of KeyFactors."""
     at, keys = torch.arange(4000), low_rank_keys(4000, 8)
     k = rotated(keys, half_turns(), at)
-    exact, rounded = (made(8, [(k.to(dtype), at)], half_turns()).all(0).double() for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (everything(made(8, [(k.to(dtype), at)], half_turns()), 0).double() for dtype in (torch.float32, torch.bfloat16))
     scale = exact.pow(2).mean().sqrt()
     assert (rounded - exact).pow(2).mean().sqrt() / scale < 4e-3
     assert (k.bfloat16().double() - k.double()).pow(2).mean().sqrt() / scale > 1e-3
@@ -129,7 +139,7 @@ def test_chosen_pages_are_those_of_everything(rotation, page):
     out = torch.full((pages.numel() * (page + 1), DIM), 9.0)
     expected = out.clone()
     for (b, h, i), number in ((at, int(pages[tuple(at)])) for at in (pages >= 0).nonzero().tolist()):
-        keys = factors.all(b)[h, number * page : (number + 1) * page]
+        keys = everything(factors, b)[h, number * page : (number + 1) * page]
         expected[int(targets[b, h, i]) :][: len(keys)] = keys
     factors.rebuild(pages, page, out, targets)
     assert_close(out, expected, 1e-5)
@@ -154,7 +164,7 @@ def test_tokens_that_come_later_are_projected_on_the_same_basis():
     values, vectors = torch.linalg.eigh((flat := keys.transpose(0, 1).flatten(1).double())[:300].T @ flat[:300])
     projector = vectors[:, -rank:] @ vectors[:, -rank:].T
     expected = rotated((flat @ projector).float().view(n, HEADS, DIM).transpose(0, 1), rotation, at)
-    assert_close(factors.all(0), expected, 1e-4)
+    assert_close(everything(factors, 0), expected, 1e-4)
     assert values[0] < values[-1]
 
 
@@ -168,8 +178,8 @@ def test_a_basis_of_few_tokens_follows_what_comes():
     for b, first in ((1, 3), (2, 0)):
         for start in range(first, n, 3):
             factors.append(b, k[:, start : start + 3], at[start : start + 3])
-        assert_close(factors.all(b)[:, 12:], k[:, 12:], 1e-4)
-        assert (factors.all(b) - k).pow(2).sum() < 0.1 * k.pow(2).sum()
+        assert_close(everything(factors, b)[:, 12:], k[:, 12:], 1e-4)
+        assert (everything(factors, b) - k).pow(2).sum() < 0.1 * k.pow(2).sum()
         assert float(factors.energy[b]) > 1 - 1e-6
     assert not factors._grams and counted(factors)
 
@@ -179,28 +189,28 @@ def test_a_sequence_of_a_batch_equals_it_alone():
     sequences = [(rotated(low_rank_keys(n, 20, seed=n), rotation, torch.arange(n)), torch.arange(n)) for n in lengths]
     together = made(7, sequences, rotation)
     for b, sequence in enumerate(sequences):
-        assert_close(together.all(b), made(7, [sequence], rotation).all(0), 1e-5)
+        assert_close(everything(together, b), everything(made(7, [sequence], rotation), 0), 1e-5)
 
 
 def test_sequences_are_chosen_copied_and_forgotten():
     rotation = half_turns()
     sequences = [(low_rank_keys(n, 20, seed=n), torch.arange(n)) for n in (40, 300, 9)]
     factors, meter = made(7, sequences, rotation), Meter()
-    twin, before = factors.copy(meter), [factors.all(b) for b in range(3)]
+    twin, before = factors.copy(meter), [everything(factors, b) for b in range(3)]
     assert meter.now == twin.n_bytes > 0
     factors.select(torch.tensor([2, 0, 2]))
     assert counted(factors)
     for i, b in enumerate((2, 0, 2)):
-        assert torch.equal(factors.all(i), before[b])
+        assert torch.equal(everything(factors, i), before[b])
         factors.append(i, sequences[b][0] + i, sequences[b][1] + 1000)
     for b in range(3):
-        assert torch.equal(twin.all(b), before[b])
+        assert torch.equal(everything(twin, b), before[b])
     twin.append(1, *sequences[0])
-    assert torch.equal(twin.all(0), before[0]) and torch.equal(twin.all(1)[:, :300], before[1])
+    assert torch.equal(everything(twin, 0), before[0]) and torch.equal(everything(twin, 1)[:, :300], before[1])
     factors.clear()
     assert factors._meter.now == factors.n_bytes == 0
     factors.fit(lambda: iter([(0, *sequences[0])]), 1)
-    assert torch.equal(factors.all(0), before[0]) and counted(factors)
+    assert torch.equal(everything(factors, 0), before[0]) and counted(factors)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------------
@@ -224,7 +234,7 @@ def test_the_pairs_of_every_family_are_found(family):
         k = rotation.move(x, torch.zeros_like(at), at)[0]
         factors = LowRankKeys(2 * dim).layer(Meter(), rotation)
         factors.fit(lambda k=k, at=at: iter([(0, k, at)]), 1)
-        assert_close(factors.all(0), k, 2e-5)
+        assert_close(everything(factors, 0), k, 2e-5)
 
 
 def test_interleaved_pairs_are_told_from_halves():
@@ -255,6 +265,16 @@ def test_a_model_is_dense_at_full_rank_when_all_pages_are_read(family):
     assert_close(mine, logits, 2e-3)
 
 
+def test_heads_that_kept_different_tokens_are_refused():
+    """SnapKV keeps as many of each head, but not the same ones."""
+    model, ids = tiny("Llama", max_position_embeddings=512), tokens(1, 300)
+    settings = dict(window=8, kernel=3, evict="prompt", tiers=("device", "host"))
+    decode = {"name": "quest", "budget": 12, "page": 4, "dense_layers": ()}
+    cache = kvcache.make_cache(model, "snapkv", 200, **settings, decode=decode, codec={"name": "lowrank", "rank": 8})
+    with sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="KV heads of a layer hold different tokens"):
+        generate(model, cache, ids, torch.ones_like(ids))
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +298,7 @@ K, AT = torch.randn(HEADS, 20, DIM), torch.arange(20)
     (lambda: made(3, [(K, AT)], None).append(1, K, AT), "there is no sequence 1 among the 1 that were fitted"),
     (lambda: made(3, [(K, AT)], None).append(0, K[:1], AT), "k is [1, 20, 16], not [2, n, 16] as it was when the basis was made"),
     (lambda: made(3, [(K, AT)], None).rebuild(torch.full((1, HEADS, 1), 3).int(), PAGE, torch.zeros(99, DIM), torch.zeros(1, HEADS, 1).long()),
-     "page 3 is not among the 3 of the longest sequence"),
+     "sequences have [20] tokens, and pages of 8 were asked for that lie behind them"),
 ])  # fmt: skip
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(ContractError) as error:

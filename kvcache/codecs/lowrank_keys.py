@@ -198,8 +198,7 @@ class KeyFactors:
         require(self.basis is not None, "there are no keys yet to rebuild; fit() comes first")
         first, lengths = pages.cpu().long() * page, self.lengths[:, None, None]
         beyond = (first >= lengths).nonzero()
-        require(not len(beyond), f"page {int(pages[tuple(beyond[0])]) if len(beyond) else ''} is not among the "
-                f"{-(-int(self.lengths.max()) // page)} of the longest sequence, or not among its own")
+        require(not len(beyond), f"sequences have {self.lengths.tolist()} tokens, and pages of {page} were asked for that lie behind them")
         counts = (lengths - first).clamp(max=page).masked_fill(first < 0, 0).int()
         starts = (self.starts[:, None, None] + first).where(first >= 0, 0)
         on_device = (t.to(out.device) for t in (starts, counts, targets))
@@ -211,16 +210,6 @@ class KeyFactors:
             rows, sources = ((t.cpu()[..., None] + token)[real].to(out.device) for t in (targets, starts))
             at = self.positions[sources].long().cpu()
             out[rows] = self._rotation.move(out[rows][None, None], torch.zeros_like(at), at)[0, 0]
-
-    def all(self, b: int) -> Tensor:
-        """``[Hkv, n, D]``: the keys of all tokens of a sequence, rotated."""
-        _, heads, _, dim = self.basis.shape
-        n, batch = int(self.lengths[b]), len(self.basis)
-        out = self.factors.new_empty(heads * n, dim)
-        pages = torch.full((batch, heads, 1), -1, dtype=torch.int32)
-        pages[b] = 0 if n else -1
-        self.rebuild(pages, max(n, 1), out, (torch.arange(heads) * n)[None, :, None].expand(batch, heads, 1))
-        return out.view(heads, n, dim)
 
     # -- the batch --------------------------------------------------------------------------------------------------------------
 
