@@ -59,7 +59,8 @@ class Reader:
         """What ``choose`` returns: the first pages, the newest ones, and the best of the others, as the budget allows.
 
         Args:
-            score: makes float32 ``[P]`` of first entry and entries of each run, which are where q is; asked only if not all are read.
+            score: makes float32 ``[P]`` of first entry and entries of each run, which are where q is, without the newest ones, so that
+                a token of a draft has no say in what those before it read; asked only if not all are read.
             near: tokens before the queries' own that are always read too.
         """
         n_q = q.shape[2]
@@ -68,12 +69,11 @@ class Reader:
         if int(digest.pages.max()) <= count:
             return None
         starts, pages = digest.starts.to(q.device), digest.pages.to(q.device)
-        rank = score(starts, pages)
-        oldest = (lengths - near - n_real(q, first, last)[:, None]).clamp(min=0) // self.page
-        newest = torch.maximum((pages - 1)[..., None] - torch.arange(own, device=q.device), oldest[..., None])
+        older = (lengths - near - n_real(q, first, last)[:, None]).clamp(min=0) // self.page
+        rank = score(starts, older)
+        newest = older[..., None] + torch.arange(own, device=q.device)
         always = torch.cat([torch.arange(self._sink_pages, device=q.device).expand(*pages.shape, -1), newest], -1)
-        there = (always >= 0) & (always < pages[..., None])
-        rank.index_fill_(0, (starts[..., None] + always)[there], float("inf"))
+        rank.index_fill_(0, (starts[..., None] + always)[always < pages[..., None]], float("inf"))
         counts = torch.full_like(pages, count, dtype=torch.int32)
         if not self.one_list:
             return ops.keep_top(rank, starts, pages, counts, count)

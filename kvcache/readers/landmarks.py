@@ -21,9 +21,9 @@ class Landmarks(Reader):
 
     The pages whose keys are least alike are read whatever the query: a mean says nothing of them. This is the reader alone; the
     method ``shadowkv`` also keeps keys as low-rank factors and values in host memory.
-    Differs from its code: outliers and the newest pages count towards the budget; outliers are looked for in every page, generated
-    ones included, and are in the softmax; generated tokens are described and may go unread like any other; several queries are each
-    scored by themselves.
+    Differs from its code: outliers and the newest pages count towards the budget; outliers are looked for among all pages but the
+    newest, generated ones included, and are in the softmax; generated tokens are described and may go unread like any other; several
+    queries are each scored by themselves.
 
     Attributes:
         budget: tokens per KV head that a step reads; whole pages, as many as fit.

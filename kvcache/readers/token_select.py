@@ -59,8 +59,8 @@ class TokenSelect(Reader):
         asked = q.float().masked_fill(~counted, 0.0).sum(2).flatten(1)
         stands = digest.stands(asked, self.similar)
 
-        def votes(starts: Tensor, pages: Tensor) -> Tensor:
-            among = (pages - self.sinks - self.recent - real[:, None]).clamp(min=0).masked_fill(stands[:, None], 0)
+        def votes(starts: Tensor, older: Tensor) -> Tensor:
+            among = (older - self.sinks).clamp(min=0).masked_fill(stands[:, None], 0)
             begin = torch.where(among > 0, starts + self.sinks, 0)
             digest.scanned = int(among.sum())
             found = ops.row_score(q, digest.k, begin, among, q.shape[3] ** -0.5, True, "sum", first, last)
