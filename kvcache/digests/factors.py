@@ -134,7 +134,8 @@ class Factors(PageDigest):
         grams: dict[tuple[int, int], Tensor] = {}
         for k, b, h, _ in rows():
             if due[b, h]:
-                grams[b, h] = grams.get((b, h), 0) + k.float().mT @ k.float()
+                wide = k.float()
+                grams[b, h] = grams.get((b, h), 0) + wide.mT @ wide
         which = tuple(torch.tensor(list(grams)).T.to(self.factor.device))
         keys = torch.stack(list(grams.values()))
         queries = torch.zeros_like(keys) if self.queries is None else self.queries[which]

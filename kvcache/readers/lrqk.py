@@ -73,6 +73,6 @@ class LRQK(Reader):
         def product(starts: Tensor, pages: Tensor) -> Tensor:
             heads = starts.shape[1]
             reduced = (q.unflatten(1, (heads, -1)).float() @ digest.to_query[:, :, None]).flatten(1, 2).to(q.dtype)
-            return ops.page_score(reduced, digest.factor, digest.factor, starts, pages, "max", first, last)
+            return ops.row_score(reduced, digest.factor, starts, pages, q_first=first, q_last=last)
 
         return self.best(product, q, lengths, digest, first, last, self.recent)
