@@ -44,8 +44,8 @@ class Reader:
         """The budget is for more than what is read in any case: sinks, ``recent``, a query's own page, and ``besides`` tokens."""
         always = (self._sink_pages + -(-self.recent // self.page) + 1) * self.page + besides
         require(self.budget >= always + self.page,
-                f"budget={self.budget} leaves no page to choose, since {always} tokens are read in any case; give {always + self.page} or "
-                "more")
+                f"budget={self.budget} leaves no page to choose, since {always} tokens are read in any case; give "
+                f"{always + self.page} or more")
 
     @property
     def _sink_pages(self) -> int:
