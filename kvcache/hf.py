@@ -26,6 +26,7 @@ from .archive import Archive
 from .budget import Budget
 from .cache import CacheLayer
 from .config import METHODS, CacheConfig, as_config
+from .readers import READERS
 from .report import CacheReport
 from .save import Saved, write
 from .store import Meter
@@ -483,7 +484,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest", "lrqk"), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", *READERS), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
