@@ -184,6 +184,19 @@ def test_a_basis_of_few_tokens_follows_what_comes():
     assert not factors._grams and counted(factors)
 
 
+def test_a_basis_of_few_tokens_goes_where_its_sequence_goes():
+    k, at = low_rank_keys(100, 6), torch.arange(100)
+    factors = made(9, [(low_rank_keys(90, 9, seed=1), at[:90]), (k[:, :3], at[:3])], None)
+    twin = factors.copy(Meter())
+    factors.select(torch.tensor([1, 1]))
+    for rows in (slice(3, 40), slice(40, 100)):
+        for found, b in ((twin, 1), (factors, 0), (factors, 1)):
+            found.append(b, k[:, rows], at[rows])
+    for found, b in ((twin, 1), (factors, 0), (factors, 1)):
+        assert_close(everything(found, b)[:, 3:], k[:, 3:], 1e-4)
+        assert counted(found)
+
+
 def test_a_sequence_of_a_batch_equals_it_alone():
     rotation, lengths = half_turns(), [90, 31, 200]
     sequences = [(rotated(low_rank_keys(n, 20, seed=n), rotation, torch.arange(n)), torch.arange(n)) for n in lengths]
