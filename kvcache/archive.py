@@ -11,6 +11,7 @@ Keys and values are pages of their own, because a codec may keep keys in another
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -133,7 +134,8 @@ class Archive:
         return torch.arange(self._at.keys.shape[2]) < self.pages[..., None]
 
     def __del__(self):
-        self._release()
+        if not sys.is_finalizing():  # the process takes its pools along, and torch is half gone
+            self._release()
 
     # -- coming and going -------------------------------------------------------------------------------------------------------
 
