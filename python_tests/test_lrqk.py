@@ -95,7 +95,16 @@ def test_few_tokens_or_unknown_queries_are_solved_all_the_same():
             assert all(w.isfinite().all() for w in joint_factors(gram(q.double()), gram(keys.double()), 6))
     w_q, w_k = joint_factors(torch.zeros(16, 16), gram(k), 6, (0.0, 0.0))
     own = torch.linalg.eigh(gram(k)).eigenvectors[:, -6:]
-    torch.testing.assert_close(k @ w_k @ w_q.T, k @ own @ own.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k @ w_k @ w_q.T, k @ own @ own.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 20, 64])
+def test_float32_sums_over_few_directions_are_solved(rank):
+    q, k = torch.randn(3000, 7) @ torch.randn(7, 64), torch.randn(1000, 20) @ torch.randn(20, 64) + 30 * torch.randn(64)
+    w_q, w_k = joint_factors(gram(q), gram(k), rank)
+    assert w_q.isfinite().all() and w_k.isfinite().all()
+    if rank >= 20:
+        torch.testing.assert_close(q.double() @ w_q @ (k.double() @ w_k).T, q.double() @ k.double().T, rtol=1e-2, atol=1.0)
 
 
 # -- one layer ------------------------------------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ def test_every_family_is_dense_within_the_budget(family):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (dict(rank=0), "rank=0 must be a whole number, 1 or more"),
-    (dict(budget=50), "budget=50 has no room for the first token, 64 recent ones"),
+    (dict(budget=50), "budget=50 leaves no page to choose, since 66 tokens are read in any case"),
     (dict(query_weight=-1.0), "query_weight=-1.0 must be a number, 0 or more"),
     (dict(max_iter=1.5), "max_iter=1.5 must be a whole number, 0 or more"),
     (dict(dense_layers=(-1,)), "dense_layers has -1"),
@@ -299,3 +308,15 @@ def test_a_rank_above_the_channels_is_told_in_a_sentence():
     cache = kvcache.LRQKCache(model, 100, rank=17, dense_layers=())
     with torch.no_grad(), sparse_attn.patch(model, prefill="dense"), pytest.raises(ContractError, match="rank=17 is more than the 16 channels"):
         generate(model, cache, ids, mask)
+
+
+@pytest.mark.parametrize("chunk", [None, 30])
+@pytest.mark.parametrize("tiers", [("device", "host"), ("device", "disk")], ids=str)
+def test_where_tokens_lie_changes_nothing(tiers, chunk):
+    model, (ids, mask) = tiny("Llama"), prompt()
+    settings = dict(decode="lrqk", budget=24, rank=6, recent=8, dense_layers=())
+    with torch.no_grad(), sparse_attn.patch(model, prefill="dense"):
+        expected = generate(model, kvcache.make_cache(model, **settings), ids, mask, prefill_chunk_size=chunk)[1]
+        cache = kvcache.make_cache(model, **settings, tiers=tiers)
+        assert_close(generate(model, cache, ids, mask, prefill_chunk_size=chunk)[1], expected)
+    assert sum(cache.report().tiers.values()) > 0

@@ -13,8 +13,10 @@ from .pages import PageDigest, Rows
 
 # queries that are widened to float32 at once
 _PIECE = 4096
-# what keeps a Gram matrix of few vectors invertible, as a share of its mean eigenvalue; float64 carries 16 digits
+# what keeps matrices of few tokens invertible in float64, as a share of their size
 _RIDGE = 1e-9
+# likewise, in roundings of a Gram matrix: float32 made eigenvalues of -0.5 of them (128K tokens in a third of the directions)
+_ROUNDINGS = 16
 
 
 def joint_factors(queries: Tensor, keys: Tensor, rank: int, weights: tuple[float, float] = (0.01, 0.01), max_iter: int = 2,
@@ -132,7 +134,8 @@ class Factors(PageDigest):
         grams: dict[tuple[int, int], Tensor] = {}
         for k, b, h, _ in rows():
             if due[b, h]:
-                grams[b, h] = grams.get((b, h), 0) + k.float().mT @ k.float()
+                wide = k.float()
+                grams[b, h] = grams.get((b, h), 0) + wide.mT @ wide
         which = tuple(torch.tensor(list(grams)).T.to(self.factor.device))
         keys = torch.stack(list(grams.values()))
         queries = torch.zeros_like(keys) if self.queries is None else self.queries[which]
@@ -153,11 +156,12 @@ def _zeros(like: Tensor, n: int, *shape: int) -> Tensor:
 
 
 def _normalised(gram: Tensor) -> Tensor:
-    """In float64, of mean eigenvalue 1 and surely invertible; the identity for zeros."""
-    gram = gram.double()
+    """In float64, of mean eigenvalue 1 and surely positive, whatever was lost to float32; the identity for zeros."""
+    ridge, gram = max(_RIDGE, _ROUNDINGS * torch.finfo(gram.dtype).eps), gram.double()
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.where(mean > 0, gram / mean + _RIDGE * one, one)
+    gram = gram / mean
+    return torch.where(mean > 0, gram + ridge * gram.norm(dim=(-2, -1), keepdim=True) * one, one)
 
 
 def _divided(x: Tensor, by: Tensor) -> Tensor:
