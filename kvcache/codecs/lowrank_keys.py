@@ -162,6 +162,7 @@ class KeyFactors:
         """Make the basis that keeps most of the keys with this Gram matrix."""
         values, vectors = torch.linalg.eigh(gram)  # ascending
         kept, total = (float(values[i:].clamp(min=0).sum()) for i in (-self._rank, 0))
+        self.energy = self.energy.clone()  # what inference mode made cannot be written outside it
         self.energy[b] = kept / total if total else 1.0
         self.basis[b] = vectors[:, -self._rank :].mT.unflatten(-1, self.basis.shape[1::2]).transpose(0, 1)
 
