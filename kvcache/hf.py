@@ -484,7 +484,8 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", *READERS), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000,
+          **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "shadowkv", *READERS), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
@@ -521,6 +522,8 @@ InfLLMCache = _named("InfLLMCache", "infllm", "Everything; a step reads blocks b
 QuickLLaMACache = _named("QuickLLaMACache", "quickllama",
                          "Everything; a step reads blocks that fit it and the prompt's question (QuickLLaMA, arXiv:2406.07528).")
 LRQKCache = _named("LRQKCache", "lrqk", "Everything; a step reads the tokens that a product of low rank finds (LRQK, arXiv:2510.23649).")
+ShadowKVCache = _named("ShadowKVCache", "shadowkv", "Everything, keys as low-rank factors, values in host memory; a step reads the pages whose "
+                       "mean key could matter (ShadowKV, arXiv:2410.21465).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:
