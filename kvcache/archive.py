@@ -11,6 +11,7 @@ Keys and values are pages of their own, because a codec may keep keys in another
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attn.errors import require
+from sparse_attn.errors import ContractError, require
 from sparse_attn.kept import Region
 
 from .store import Meter, Part, Store, empty_rows
@@ -50,12 +51,14 @@ class _Pages:
         missing = room - self.keys.shape[2]
         if missing > 0:
             more = max(missing, _TABLE, self.keys.shape[2] // 4)
-            for name in ("keys", "values", "positions"):
-                t = getattr(self, name)
-                setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
+            with torch.inference_mode(False):  # written later whatever mode is on then
+                for name in ("keys", "values", "positions"):
+                    t = getattr(self, name)
+                    setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
 
     def of(self, sequences: Tensor) -> _Pages:
-        return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
+        with torch.inference_mode(False):
+            return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,11 @@ class Archive:
         return None if self.pages is None else self.pages * self.page
 
     @property
+    def exact(self) -> bool:
+        """Whether keys still come back as they came."""
+        return not self._fitted
+
+    @property
     def n_bytes(self) -> int:
         """On the device: slots and factors."""
         held = sum(t.numel() * t.element_size() for t in (self._k, self._v) if t is not None)
@@ -134,7 +142,8 @@ class Archive:
 
     def __del__(self):
         if not sys.is_finalizing():  # the process takes its pools along, and torch is half gone
-            self._release()
+            with contextlib.suppress(ContractError):  # pools that went first, with the same cache
+                self._release()
 
     # -- coming and going -------------------------------------------------------------------------------------------------------
 
