@@ -55,7 +55,8 @@ class Pools:
         """The pool of pages of so many bytes; always the same one."""
         require(isinstance(page_bytes, int) and page_bytes >= 1, f"page_bytes={page_bytes!r} must be 1 or more")
         if page_bytes not in self._pools:
-            self._pools[page_bytes] = Pool(self._backend.Pool(self._engine, page_bytes), page_bytes)
+            # of two threads that come first at once, one gets the other's
+            self._pools.setdefault(page_bytes, Pool(self._backend.Pool(self._engine, page_bytes), page_bytes))
         return self._pools[page_bytes]
 
     def counts(self) -> dict:
