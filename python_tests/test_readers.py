@@ -318,6 +318,23 @@ def test_what_is_taken_back_from_infllm_leaves_no_trace_but_attention(back):
     torch.testing.assert_close(digests[0].mass, digests[1].mass, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_that_were_taken_back_are_described_anew():
+    q, k, v = text(120, 2)
+    core = layer_of(small("infllm", budget=400))
+    told(core, q, k, v)
+    digest = core.digest
+    assert digest.progress[:, 1].tolist() == [13, 13]
+    before = [digest.vector[start : start + 7].clone() for start in digest.starts.flatten()]
+    core.crop(60)
+    new = list(text(5, 2, seed=1))
+    told(core, *new)
+    keys = torch.cat([k[:, :, :60], new[1]], 2).flatten(0, 1)
+    for start, old, run in zip(digest.starts.flatten(), before, keys):
+        torch.testing.assert_close(digest.vector[start : start + 7], old)
+        torch.testing.assert_close(digest.vector[start + 7 : start + 9], torch.stack([run[56:64].mean(0), run[64:].mean(0)]))
+    assert digest.progress.tolist() == [[65, 7]] * 2
+
+
 # -- double_sparsity ------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +357,19 @@ def test_online_channels_are_those_that_weigh_most_and_stay():
         assert torch.equal(core.digest.label[start + 200], new[1][0, h, 0, channels])
     forward(core, *(100 * x for x in text(12, 2, seed=2)))
     assert core.digest.channels[0].tolist() == list(heavy.values()) and (core.digest.channels[1] >= 0).all()
+
+
+def test_what_a_channel_weighs_is_counted_over_the_last_queries_of_every_forward():
+    q, k, v = text(200, 2)
+    core = layer_of(small("double_sparsity", budget=400))
+    told(core, q, k, v, chunk=100, first=torch.tensor([0, 170], dtype=torch.int32))
+    new = list(text(30, 2, seed=1))
+    first, last = (torch.tensor(bound, dtype=torch.int32) for bound in ([0, 11], [30, 27]))
+    forward(core, *new, first, last)
+    product = (q.unflatten(1, (2, 2)).abs().mean(2) * k.abs()), (new[0].unflatten(1, (2, 2)).abs().mean(2) * new[1].abs())
+    for b, tokens in enumerate(([*range(36, 100), *range(136, 200)], range(170, 200))):
+        expected = product[0][b][:, list(tokens)].sum(1) + product[1][b][:, first[b] : last[b]].sum(1)
+        torch.testing.assert_close(core.digest.weight[b], expected)
 
 
 def test_channels_of_a_file_are_used_and_bad_ones_told(tmp_path):
