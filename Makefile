@@ -51,5 +51,5 @@ bench: $(LIBRARIES)
 	$(PY) -m benchmarks.kernels --json build/bench/kernels.jsonl $(ARGS)
 
 clean:
-	rm -rf $(VENV) build sparse_attn/_native *.egg-info .pytest_cache
+	rm -rf $(VENV) build sparse_attn/_native kvcache/tiers/_host*.so *.egg-info .pytest_cache
 	find benchmarks kvcache python_tests sparse_attn -name __pycache__ -type d -exec rm -rf {} +

@@ -1,11 +1,14 @@
-"""Builds one CPU library per instruction set into sparse_attn/_native; torch is located, never imported.
+"""Builds one CPU library per instruction set into sparse_attn/_native, and the host engine into kvcache/tiers.
+
+torch is located, never imported.
 
     pip install --no-build-isolation .                     # build isolation would download a second torch
     SPARSE_ATTN_BUILD=none pip install --no-build-isolation .      # pure Python: reference kernels only
     SPARSE_ATTN_BUILD=avx512,generic python setup.py build_ext --inplace
 
 SPARSE_ATTN_BUILD is a comma list of instruction sets, or `none`, or `default`; `emulated` adds the AMX kernels on emulated
-tiles, for tests on machines without AMX. CXX names the compiler. Objects whose sources are unchanged are not rebuilt.
+tiles, for tests on machines without AMX. CXX names the compiler. Objects whose sources are unchanged are not rebuilt. The host engine
+needs the headers of Python and of pybind11, its own or those that come with torch; where it cannot be built the package does without.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +42,9 @@ NAMES = {"emulated": "amx_emulated"}
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
           "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-restrict"]
 SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+HOST = "kvcache.tiers._host"
+HOST_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+HOST_SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "host").glob("*.cpp"))
 
 
 def say(sentence):
@@ -73,6 +80,14 @@ def torch_root():
     return Path(found.origin).parent
 
 
+def pybind11_headers():
+    """Where they are, or None."""
+    found = importlib.util.find_spec("pybind11")
+    own = Path(found.origin).parent / "include" if found is not None and found.origin is not None else None
+    folders = [folder for folder in (own, torch_root() / "include") if folder is not None]
+    return next((folder for folder in folders if (folder / "pybind11" / "pybind11.h").exists()), None)
+
+
 def accepts(cxx, flags):
     """Does this compiler know the flags?"""
     probe = subprocess.run([*cxx, *flags, "-x", "c++", "-fsyntax-only", "-"], input="", text=True, capture_output=True)
@@ -89,10 +104,12 @@ def stale(target, depfile, stamp, signature):
 
 
 class BuildLibraries(build_ext):
-    """Compiles plain shared libraries: they hold no Python symbol, so one build serves every Python."""
+    """Compiles plain shared libraries: but for the host engine they hold no Python symbol, so one build serves every Python."""
 
     def get_ext_filename(self, name):
-        return os.path.join(*name.split(".")) + ".so"
+        # asked with the module's whole name, and with its last part
+        host = name.rpartition(".")[2] == HOST.rpartition(".")[2]
+        return super().get_ext_filename(name) if host else os.path.join(*name.split(".")) + ".so"
 
     def run(self):
         if shutil.which("nvcc"):
@@ -103,8 +120,9 @@ class BuildLibraries(build_ext):
 
     def build_extensions(self):
         self.cxx, self.torch = compiler(), torch_root()
+        self.build_host()
         jobs, links = [], []
-        for ext in list(self.extensions):
+        for ext in [ext for ext in self.extensions if ext.name != HOST]:
             isa = ext.isa
             if not accepts(self.cxx, FLAGS[isa]):
                 say(f"{self.cxx[0]} does not know {' '.join(FLAGS[isa])}; skipping the {isa} library (use a newer compiler)")
@@ -125,29 +143,51 @@ class BuildLibraries(build_ext):
         if source.stem == "library":
             # 2.11: the oldest torch whose stable ABI has what library.cpp uses
             command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(self.torch / "include")]
+        self.compile(command, target, f"{source} for {isa}")
+
+    def compile(self, command, target, what):
+        """An object file, unless it is there already."""
         signature = hashlib.sha256(" ".join(command).encode()).hexdigest()
         stamp = target.with_suffix(".cmd")
         if not self.force and not stale(target, target.with_suffix(".d"), stamp, signature):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh, depfile = target.with_suffix(f".{os.getpid()}.o"), target.with_suffix(f".{os.getpid()}.d")
-        self.call([*command, "-o", str(fresh), "-MMD", "-MF", str(depfile)], f"{source} for {isa}")
+        self.call([*command, "-o", str(fresh), "-MMD", "-MF", str(depfile)], what)
         # whole or not at all, also when two builds run at once
         depfile.replace(target.with_suffix(".d"))
         fresh.replace(target)
         stamp.write_text(signature)
 
     def link_one(self, isa, objects, library):
-        if not self.force and library.exists() and all(o.stat().st_mtime <= library.stat().st_mtime for o in objects):
-            return
-        library.parent.mkdir(parents=True, exist_ok=True)
         # symbols stay inside: the same std templates are compiled for another CPU in the library next door
         hide = Path(self.build_temp) / "hide.map"
         hide.write_text("{ local: *; };\n")
+        self.link(objects, library, [f"-Wl,--version-script={hide}", "-L", str(self.torch / "lib"), "-ltorch_cpu"], f"{isa} library")
+
+    def link(self, objects, library, flags, what):
+        """A shared library, unless it is there already."""
+        if not self.force and library.exists() and all(o.stat().st_mtime <= library.stat().st_mtime for o in objects):
+            return
+        library.parent.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}.new")
-        self.call([*self.cxx, "-shared", "-o", str(fresh), *map(str, objects), f"-Wl,--version-script={hide}",
-                   "-L", str(self.torch / "lib"), "-ltorch_cpu"], f"{isa} library")
+        self.call([*self.cxx, "-shared", "-o", str(fresh), *map(str, objects), *flags], what)
         fresh.replace(library)  # a process that has the old one mapped keeps it
+
+    def build_host(self):
+        """The host engine; what it lacks is said, and the package does without."""
+        headers, python = pybind11_headers(), sysconfig.get_path("include")
+        include = ["-isystem", str(headers), "-isystem", python]
+        objects = [Path(self.build_temp) / f"host-{sys.implementation.cache_tag}" / f"{source.stem}.o" for source in HOST_SOURCES]
+        try:
+            if headers is None:
+                sys.exit("the headers of pybind11 are not here; pip install pybind11")
+            for source, target in zip(HOST_SOURCES, objects):
+                self.compile([*self.cxx, *HOST_FLAGS, *include, "-c", str(source)], target, f"{source}")
+            self.link(objects, Path(self.get_ext_fullpath(HOST)), ["-pthread"], "host engine")
+        except SystemExit as error:
+            say(f"{error}; going on without the host engine, whose place Python takes")
+            self.extensions = [ext for ext in self.extensions if ext.name != HOST]
 
     def call(self, command, what):
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
@@ -164,4 +204,7 @@ def library(isa):
     return ext
 
 
-setup(ext_modules=[library(isa) for isa in wanted()], cmdclass={"build_ext": BuildLibraries})
+libraries = [library(isa) for isa in wanted()]
+if libraries:
+    libraries.append(Extension(HOST, [str(s) for s in HOST_SOURCES]))
+setup(ext_modules=libraries, cmdclass={"build_ext": BuildLibraries})

@@ -322,6 +322,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "paged_attention": (q, k[0, 0], v[0, 0], torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).int(), one.scale),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
+        "row_score": (q, k[0, 0], *run),
         "select_blocks": (torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, dtype=torch.int32), *edges, 1, 1),
         "key_mass": (q, k[0, 0], torch.zeros(q.shape[:3]), *run, one.scale),
         "strided_score": (q, k, *edges, PROXY_STRIDE, one.scale),

@@ -242,6 +242,17 @@ struct PageScore {
 };
 void page_score(const PageScore& args, const Parallel& parallel);
 
+struct RowScore {
+  View q;
+  Rows rows;  // in q's dtype
+  Runs runs;
+  double scale;
+  bool soft;
+  Reduce reduce;
+  float* out;  // [P], contiguous
+};
+void row_score(const RowScore& args, const Parallel& parallel);
+
 struct BlockSparseAttention {
   View q, k, v;
   const int32_t* counts;   // [B, lists, q_blocks], contiguous

@@ -10,8 +10,8 @@ from .policies import POLICIES
 from .readers import READERS
 
 # these import transformers, which takes seconds
-_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LocretCache", "PyramidKVCache", "QuestCache", "SnapKVCache", "StreamingLLMCache",
-         "TOVACache", "load", "make_cache", "prefill")
+_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LRQKCache", "LocretCache", "PyramidKVCache", "QuestCache", "SnapKVCache",
+         "StreamingLLMCache", "TOVACache", "load", "make_cache", "prefill")
 
 __all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "CacheConfig", *_LAZY]
 

@@ -499,6 +499,8 @@ class CacheLayer:
             return {}, {}
         facts = {"columns": self.n_columns} | {name: getattr(self, f"_{name}") for name in _FACTS} | {"recording": self.recording}
         tensors = self._whole() | {"n_seen": self.n_seen, "n_new": self._n_new}
+        if self.digest is not None:
+            tensors |= {f"digest_{name}": t for name in self.digest.learned if (t := getattr(self.digest, name)) is not None}
         if self._tail is not None:
             facts |= {"scale": self._tail.scale, "softcap": self._tail.softcap}
             tensors |= {f"tail_{name}": t for name in _TAIL if (t := getattr(self._tail, name)) is not None}
@@ -515,6 +517,8 @@ class CacheLayer:
             return
         tail = {name: tensors.pop(f"tail_{name}", None) for name in _TAIL}
         self.n_seen, self._n_new = (tensors.pop(name).cpu() for name in ("n_seen", "n_new"))
+        if self.digest is not None:
+            self.digest.recall({name: t for name in self.digest.learned if (t := tensors.pop(f"digest_{name}", None)) is not None})
         self.store.fill(tensors, self.n_seen)
         self._follow()
         if self.archive is not None and self.config.policy is None:

@@ -483,7 +483,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest"), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest", "lrqk"), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
@@ -511,6 +511,7 @@ AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that sp
 TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
 LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
 QuestCache = _named("QuestCache", "quest", "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
+LRQKCache = _named("LRQKCache", "lrqk", "Everything; a step reads the tokens that a product of low rank finds (LRQK, arXiv:2510.23649).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:

@@ -109,6 +109,8 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
                             *(torch.tensor(bound).int() for bound in ([0, 2], [5, 4])), torch.randn(90)),
         "pool_blocks": (q, 16, "unit_mean", first.clamp(max=60), last.clamp(max=70)),
         "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
+        "row_score": (q[:, :, :5], store[:40], *runs, 0.125, True, "mean",
+                      *(torch.tensor(bound).int() for bound in ([0, 2], [5, 4]))),
         "select_blocks": (score, share(0.7, 4), None, *geometry[:-2], 1, 1, first, last, score > 0.9, False),
         "select_global": (score, share(0.7, 4), "head", *geometry, score > 0.9, False),
         "strided_score": (q, k, 16, 32, 4, 0.125, 20, True, 33, True, first, last),

@@ -29,6 +29,7 @@ SETTINGS = {
     "chunkkv": dict(inner="tova", chunk=4),
     "heavy_hitter": dict(recent=8),
     "quest": dict(dense_layers=()),
+    "lrqk": dict(dense_layers=(), rank=4, recent=8),
     "duo": dict(full=((False, True), (True, True)), sink=4, recent=12),
 }
 SCORE_FREE = ["streaming", "knorm", "keydiff", "random"]

@@ -292,4 +292,15 @@ def test_a_compiler_that_lacks_an_instruction_set_skips_that_library(tmp_path):
     done = build(tmp_path, SPARSE_ATTN_BUILD="default", CXX=str(wrapper))
     assert done.returncode == 0, done.stderr
     assert "skipping the amx library" in done.stderr
-    assert sorted(p.stem for p in (tmp_path / "lib").rglob("*.so")) == ["cpu_avx2", "cpu_avx512", "cpu_generic"]
+    assert sorted(p.stem for p in (tmp_path / "lib").rglob("cpu_*.so")) == ["cpu_avx2", "cpu_avx512", "cpu_generic"]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler named c++")
+def test_a_host_engine_that_does_not_compile_is_done_without(tmp_path):
+    wrapper = tmp_path / "c++"
+    wrapper.write_text('#!/bin/sh\ncase "$*" in *csrc/host*) exit 1;; *-fsyntax-only*) exit 0;; esac\n'
+                       'while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2"; shift;; esac; shift; done\n')
+    wrapper.chmod(0o755)
+    done = build(tmp_path, SPARSE_ATTN_BUILD="generic", CXX=str(wrapper))
+    assert done.returncode == 0 and "going on without the host engine" in done.stderr, done.stderr
+    assert [p.stem for p in (tmp_path / "lib").rglob("*.so")] == ["cpu_generic"]

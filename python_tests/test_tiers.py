@@ -164,7 +164,7 @@ def test_a_full_last_tier_loses_nothing(backend, tiers):
     ids = pool.write(pages(3))
     before = pools.counts()
     name = "disk" if type(tiers[-1]) is Disk else "host"
-    with pytest.raises(CapacityError, match=rf"the {name} tier holds .* of at most .* raise its bytes=.*nothing that it holds is lost"):
+    with pytest.raises(CapacityError, match=rf"the {name} tier holds .* of at most .* raise its bytes=.*nothing that the tiers hold is lost"):
         pool.write(pages(2))
     assert pools.counts() == before
     ids = torch.cat([ids, pool.write(pages(1, seed=1))])

@@ -49,6 +49,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "paged_attention": lambda: (q[:, :, -1:], *[k.flatten(0, 2)] * 2, runs[0][..., None], runs[1][..., None].int(), scale),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
+        "row_score": lambda: (q[:, :, -1:], k.flatten(0, 2), *runs, scale),
         "select_blocks": lambda: (score, share, None, *geometry),
         "select_global": lambda: (score, share, "head", *geometry),
         "strided_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),

@@ -272,6 +272,17 @@ Reduce reduce_of(const std::string& name) {
              kParallel);
 }
 
+[[maybe_unused]] void run_row_score(Tensor out, Tensor q, Tensor rows, Tensor starts, Tensor lengths, double scale, bool soft,
+                                    std::string reduce, OptionalTensor q_first, OptionalTensor q_last) {
+  const Flat start(starts, ScalarType::Long), length(lengths, ScalarType::Long);
+  const Flat first(q_first, ScalarType::Int), last(q_last, ScalarType::Int);
+  expect_size(out, {rows.size(0)}, "score");
+  row_score({view(q), rows_of(rows, "rows"),
+             {start.data<int64_t>(), length.data<int64_t>(), starts.size(1), {first.data<int32_t>(), last.data<int32_t>()}}, scale,
+             soft, reduce_of(reduce), output<float>(out, ScalarType::Float, "score")},
+            kParallel);
+}
+
 [[maybe_unused]] void run_lowrank_keys(Tensor rows, Tensor factors, Tensor basis, Tensor starts, Tensor counts, Tensor targets,
                                        Tensor positions, Tensor far, Tensor near, bool interleaved) {
   const Flat start(starts, ScalarType::Long), count(counts, ScalarType::Int), target(targets, ScalarType::Long);
@@ -334,6 +345,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("page_score(Tensor(a!) out, Tensor q, Tensor low, Tensor high, Tensor starts, Tensor pages, str reduce, Tensor? q_first, "
         "Tensor? q_last) -> ()");
   m.impl("page_score", TORCH_BOX(&run_page_score));
+  m.def("row_score(Tensor(a!) out, Tensor q, Tensor rows, Tensor starts, Tensor lengths, float scale, bool soft, str reduce, "
+        "Tensor? q_first, Tensor? q_last) -> ()");
+  m.impl("row_score", TORCH_BOX(&run_row_score));
 }
 
 }  // namespace SA_NAMESPACE

@@ -131,6 +131,11 @@ class PageDigest:
             self._hold(name, None if t is None else empty_rows(t, len(t)).copy_(t))
         self.starts, self.pages, self._room, self._covered = other.starts, other.pages, other._room, other._covered
 
+    def recall(self, learned: dict[str, Tensor]) -> None:
+        """Learn again what a digest of this kind had learned, by name, in these very tensors."""
+        for name, t in learned.items():
+            self._hold(name, t)
+
     def select(self, sequences: Tensor) -> None:
         """Make the sequences numbered ``sequences`` (int64 ``[B']``, host, repeats allowed) the batch."""
         for name in self.learned:

@@ -15,9 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sparse_attn.errors import ContractError, require
-
-from .specs import CapacityError, TierError
+from . import errors
 
 # what a disk reads and writes at once
 _SECTOR = 4096
@@ -83,7 +81,7 @@ class Engine:
             going[name], held = page, held - len(page)
         if going:
             if not self._limits["disk"]:
-                raise CapacityError(full("host", self._counts["host"]["bytes"], host, len(pages) * size))
+                raise errors.full("host", self._counts["host"]["bytes"], host, len(pages) * size)
             self._put(going)
         for name in moving:
             self._count("host", -1, -len(self._memory.pop(name)))
@@ -104,11 +102,11 @@ class Engine:
         try:
             page = os.pread(self._file.fileno(), size, at)
         except OSError as error:
-            raise TierError(f"a page of the disk tier in {self._folder} cannot be read: {error.strerror}") from None
+            raise errors.unreadable(self._folder, error.strerror) from None
         if len(page) < size:
-            raise TierError(f"the file of the disk tier in {self._folder} was truncated, and a page is lost; the cache must be made again")
+            raise errors.truncated(self._folder)
         if _checksum(name, page) != checksum:
-            raise TierError(f"a page of the disk tier in {self._folder} was altered or only half written; the cache must be made again")
+            raise errors.altered(self._folder)
         return page
 
     def forget(self, name: int) -> None:
@@ -125,7 +123,7 @@ class Engine:
         need = sum(_padded(len(page)) for page in pages.values())
         held, limit = self._counts["disk"]["bytes"], self._limits["disk"]
         if held + need > limit:
-            raise CapacityError(full("disk", held, limit, need))
+            raise errors.full("disk", held, limit, need)
         made = {}
         try:
             for name, page in pages.items():
@@ -136,7 +134,7 @@ class Engine:
         except OSError as error:
             for at, size, _ in made.values():
                 self._free.setdefault(_padded(size), []).append(at)
-            raise CapacityError(unwritten(self._folder, error.strerror, need)) from None
+            raise errors.unwritten(self._folder, error.strerror, need) from None
         self._places |= made
         self._count("disk", len(made), need)
 
@@ -180,7 +178,7 @@ class Pool:
             try:
                 for name, slot in zip(ids.tolist(), slots.tolist()):
                     out[slot] = np.frombuffer(self._engine.read(name), dtype=np.uint8)
-            except TierError as error:
+            except errors.TierError as error:
                 return Fence(error)
         return Fence(None)
 
@@ -215,7 +213,8 @@ class Pool:
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[int, int]]:
         with self._engine.lock:
-            require(self._holders is not None, "this pool was closed; make another")
+            if self._holders is None:
+                raise errors.closed()
             yield self._holders
 
 
@@ -236,7 +235,55 @@ class Slots:
         slot, miss = np.full(ids.shape, -1, dtype=np.int64), np.zeros(ids.shape, dtype=bool)
         wanted = [list(dict.fromkeys(name for name in row if name >= 0)) for row in ids.tolist()]
         most = max(map(len, wanted), default=0)
-        require(most <= self._slots, f"a run wants {most} pages at once and has {self._slots} slots; give it more")
+        if most > self._slots:
+            raise errors.too_many(most, self._slots)
+        for r, (run, names) in enumerate(zip(self._runs, wanted)):
+            new = [name for name in names if name not in run]
+            self.hits += len(names) - len(new)
+            self.misses += len(new)
+            # a run is name -> slot, the longest unwanted first
+            unused = sorted(set(range(self._slots)) - set(run.values()))
+            unwanted = [name for name in run if name not in set(names)]
+            places = unused + [run[name] for name in unwanted]
+            for name in unwanted[: max(0, len(new) - len(unused))]:
+                del run[name]
+            of_new = dict(zip(new, places))
+            for name in names:
+                run[name] = run.pop(name, None) if name not in of_new else of_new[name]
+            seen = set()
+            for i, name in enumerate(ids[r].tolist()):
+                if name >= 0:
+                    slot[r, i], miss[r, i] = run[name], name in of_new and name not in seen
+                    seen.add(name)
+        return slot, miss
+
+
+def _open(self) -> Iterator[dict[int, int]]:
+        with self._engine.lock:
+            if self._holders is None:
+                raise errors.closed()
+            yield self._holders
+
+
+class Slots:
+    """See ``kvcache.tiers.Slots``."""
+
+    def __init__(self, runs: int, slots: int):
+        self._slots, self._runs = slots, [dict() for _ in range(runs)]
+        self.hits = self.misses = 0
+
+    def clear(self) -> None:
+        """Forget what is where."""
+        for run in self._runs:
+            run.clear()
+
+    def want(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ``[runs, m]`` -> int64 slots and bool misses, alike."""
+        slot, miss = np.full(ids.shape, -1, dtype=np.int64), np.zeros(ids.shape, dtype=bool)
+        wanted = [list(dict.fromkeys(name for name in row if name >= 0)) for row in ids.tolist()]
+        most = max(map(len, wanted), default=0)
+        if most > self._slots:
+            raise errors.too_many(most, self._slots)
         for r, (run, names) in enumerate(zip(self._runs, wanted)):
             new = [name for name in names if name not in run]
             self.hits += len(names) - len(new)
@@ -275,7 +322,7 @@ def _open(folder: str):
     try:
         return tempfile.TemporaryFile(dir=folder, prefix=".sparse_attn.", buffering=0)
     except OSError as error:
-        raise ContractError(f"the disk tier cannot make a file in {folder}: {error.strerror}; give Disk a folder that can be written to") from None
+        raise errors.no_file(folder, error.strerror) from None
 
 
 def _padded(size: int) -> int:
@@ -289,10 +336,13 @@ def _checksum(name: int, page: bytes) -> bytes:
 
 def _require_held(holders: dict[int, int], ids: np.ndarray, times: int = 1) -> None:
     bad = next((name for name in ids.tolist() if holders.get(name, 0) < times), None)
-    require(bad is None, f"nobody holds page {bad} of this pool; a page is gone once it is released as often as it was held")
+    if bad is not None:
+        raise errors.not_held(bad)
 
 
 def _require_slots(slots: np.ndarray, rows: int) -> None:
     bad = next((slot for slot in slots.tolist() if not 0 <= slot < rows), None)
-    require(bad is None, f"there is no row {bad} for a page among the {rows} of out")
-    require(len(np.unique(slots)) == len(slots), "two pages would be read into one row of out; give each its own slot")
+    if bad is not None:
+        raise errors.no_row(bad, rows)
+    if len(np.unique(slots)) < len(slots):
+        raise errors.same_row()

@@ -16,7 +16,12 @@ from sparse_attn.errors import require, warn_once
 from . import plain
 from .specs import Disk, Host, Tier, as_tiers
 
-BACKENDS = {"plain": plain}
+try:
+    from . import _host
+except ImportError:
+    _host = None
+
+BACKENDS = ({"native": _host} if _host is not None else {}) | {"plain": plain}
 
 _UNLIMITED = 2**62
 

@@ -1,4 +1,4 @@
-"""Which tiers there are, in what order, and how they fail."""
+"""Which tiers there are, and in what order."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from sparse_attn.errors import ContractError, require
-
-
-class CapacityError(ContractError):
-    """A tier is full and there is none behind it; everything that was written can still be read."""
-
-
-class TierError(RuntimeError):
-    """A page does not come back as it was written: its file was cut, altered, or cannot be read."""
+from sparse_attn.errors import require
 
 
 @dataclass(frozen=True)

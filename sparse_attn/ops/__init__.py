@@ -13,6 +13,7 @@ from .paged_attention import paged_attention
 from .pool_blocks import pool_blocks
 from .pooled_score import pooled_score
 from .registry import OPS, use_backend
+from .row_score import row_score
 from .select_blocks import select_blocks
 from .select_global import select_global
 from .strided_score import strided_score
@@ -20,5 +21,5 @@ from .window_mass import window_mass
 from .window_score import window_score
 
 __all__ = ["OPS", "antidiagonal_score", "block_sparse_attention", "js_distance", "keep_top", "key_mass", "lowrank_keys",
-           "merge_attention", "move_rows", "page_score", "paged_attention", "pool_blocks", "pooled_score", "select_blocks",
-           "select_global", "strided_score", "use_backend", "window_mass", "window_score"]
+           "merge_attention", "move_rows", "page_score", "paged_attention", "pool_blocks", "pooled_score", "row_score",
+           "select_blocks", "select_global", "strided_score", "use_backend", "window_mass", "window_score"]
