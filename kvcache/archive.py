@@ -11,6 +11,7 @@ Keys and values are pages of their own, because a codec may keep keys in another
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from .types import KeyForm
 
 # tokens of each run that come back at a time for a chunk of a prompt
 _PIECE = 4096
+_NOT_SHARED = ("the KV heads of a layer hold different tokens, and the lowrank codec makes one matrix of all heads; use codec='plain'")
 # what a table of pages grows by
 _TABLE = 256
 
@@ -132,7 +134,8 @@ class Archive:
         return torch.arange(self._at.keys.shape[2]) < self.pages[..., None]
 
     def __del__(self):
-        self._release()
+        if not sys.is_finalizing():  # the process takes its pools along, and torch is half gone
+            self._release()
 
     # -- coming and going -------------------------------------------------------------------------------------------------------
 
@@ -173,22 +176,23 @@ class Archive:
 
     def _append_factors(self, store: Store, n: Tensor) -> None:
         for b, (starts, counts) in enumerate(zip(store.starts.tolist(), (n * self.page).tolist())):
+            require(len(set(counts)) == 1, _NOT_SHARED)
             if counts[0]:
                 keys = torch.stack([store.k[start : start + count] for start, count in zip(starts, counts)])
-                self._factors.append(b, keys, store.positions[starts[0] : starts[0] + counts[0]].long())
+                at = torch.stack([store.positions[start : start + count] for start, count in zip(starts, counts)])
+                self._factors.append(b, keys, _shared(at))
 
     def prepare(self) -> None:
         """Before the first page is read: turn keys into what the codec keeps."""
         if self._factors is None or self._fitted:
             return
-        require(bool((self.pages == self.pages[:, :1]).all()),
-                "the KV heads of a layer hold different tokens, and the lowrank codec makes one matrix of all heads; use codec='plain'")
+        require(bool((self.pages == self.pages[:, :1]).all()), _NOT_SHARED)
 
         def pieces() -> Iterator[tuple[int, Tensor, Tensor]]:
             for piece in self._pieces(values=False):
-                yield piece.b, piece.k, piece.positions[0].long()
+                yield piece.b, piece.k, _shared(piece.positions)
 
-        self._factors.fit(pieces)
+        self._factors.fit(pieces, len(self.pages))
         self._keys.release(self._at.keys[self._here()])
         self._fitted = True
 
@@ -357,6 +361,12 @@ class Fetch:
         for fence in self.fences:
             fence.wait()
         return self.region
+
+
+def _shared(positions: Tensor) -> Tensor:
+    """int64 ``[n]``: the positions that every KV head has, of ``[Hkv, n]``."""
+    require(bool((positions == positions[:1]).all()), _NOT_SHARED)
+    return positions[0].long()
 
 
 def _alike(counts: list[int]) -> Iterator[tuple[slice, int]]:

@@ -88,6 +88,8 @@ class CacheConfig:
         if hasattr(self.policy, "require_budget"):
             self.policy.require_budget(self.budget)
         self.budget.require_room(self.protected)
+        require(not getattr(self.decode, "one_list", False),
+                f"{type(self.decode).__name__} reads the same tokens for all KV heads, and with a policy each head keeps its own; leave the policy out")
         require(self.decode is None or not self.policy.decoding,
                 f"{type(self.policy).__name__} evicts while tokens are generated, and what is known of a page would be wrong by the next "
                 "token; with decode= use a policy that evicts the prompt only, such as snapkv")

@@ -45,7 +45,7 @@ class LayerReport:
         row = sum(t.shape[1] * t.element_size() for t in (store.k, store.v))
         read = 0 if core.read is None else int(core.read.sum()) * row
         if digest is not None and core.read is not None and core.read.shape[2] > 1:
-            read += int(digest.pages.sum()) * digest.page_bytes()
+            read += digest.scan_bytes()
         held = store.n_bytes + sum(x.n_bytes for x in (digest, archive) if x is not None)
         moves = (0, 0, 0) if archive is None else (archive.moved, archive.wanted, archive.missed)
         return cls(core.layer, float(lengths.double().mean()), int(lengths.min()), int(lengths.max()), float(core.n_seen.double().mean()),

@@ -185,8 +185,8 @@ class KeyForm(Protocol):
 
     n_bytes: int
 
-    def fit(self, pieces: Callable[[], Iterator[tuple[int, Tensor, Tensor]]]) -> None:
-        """Take the first tokens.
+    def fit(self, pieces: Callable[[], Iterator[tuple[int, Tensor, Tensor]]], batch: int) -> None:
+        """Take the first tokens of ``batch`` sequences, some of which may have none yet.
 
         Args:
             pieces: yields sequence, keys ``[Hkv, n, D]`` and int64 positions ``[n]`` of all tokens in order; may be called again.

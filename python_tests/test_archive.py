@@ -1,6 +1,9 @@
 """Caches whose old pages leave the device: every page read again is the page that left."""
 
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,3 +156,16 @@ def test_a_full_last_tier_says_so_and_loses_nothing():
 def test_bad_settings_are_told_in_a_sentence(arguments, sentence):
     with pytest.raises(ContractError, match=sentence):
         kvcache.make_cache(tiny("Llama"), **arguments)
+
+
+def test_a_process_may_end_with_pages_elsewhere():
+    done = subprocess.run([sys.executable, "-c", """
+import torch
+from test_archive import generate, kvcache, prompt, sparse_attn, tiny
+model, (ids, mask) = tiny("Llama"), prompt()
+with torch.no_grad(), sparse_attn.patch(model, prefill="dense"):
+    for _ in range(2):
+        cache = kvcache.make_cache(model, decode="quest", budget=24, page=4, dense_layers=(), tiers=("device", "host"))
+        generate(model, cache, ids, mask, prefill_chunk_size=30)
+"""], env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -29,6 +29,11 @@ SETTINGS = {
     "chunkkv": dict(inner="tova", chunk=4),
     "heavy_hitter": dict(recent=8),
     "quest": dict(dense_layers=()),
+    "landmarks": dict(dense_layers=(), page=4, outliers=2, recent=8),
+    "double_sparsity": dict(dense_layers=(), width=4, recent=8),
+    "token_select": dict(dense_layers=(), sinks=4, recent=8),
+    "infllm": dict(dense_layers=(), page=4, sinks=4, recent=8),
+    "quickllama": dict(dense_layers=(), page=4, sinks=4, recent=8, question=8),
     "lrqk": dict(dense_layers=(), rank=4, recent=8),
     "duo": dict(full=((False, True), (True, True)), sink=4, recent=12),
 }

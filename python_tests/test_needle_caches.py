@@ -74,6 +74,13 @@ def test_a_question_that_comes_after_cannot_bring_back_what_it_would_have_kept(s
         assert answered(shipped, prompt, cached("snapkv", "after"))[0] == 0
 
 
+@pytest.mark.parametrize("name, settings", [("quest", {}), ("lrqk", dict(rank=16, recent=32))])
+def test_what_keeps_everything_and_reads_a_sixteenth_answers_questions_that_come_after(shipped, prompts, name, settings):
+    for prompt in prompts:
+        method = cached(name, "after", dense_layers=[], **settings | {"budget": TOKENS // 16})
+        assert answered(shipped, prompt, method, 512)[0] == 1
+
+
 @pytest.mark.parametrize("settings, chunk", [({}, None), ({}, 300), ({"evict": "prompt"}, None), ({"evict": "prompt"}, 300)])
 def test_the_question_comes_once_the_text_was_evicted(shipped, prompts, settings, chunk):
     calls, prompt = [], prompts[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ContractError
+from .ops.lowrank_keys import turned
 
 # these recompute their frequencies from the longest position seen, so what rotated a cached key is not known later
 _CHANGING = ("dynamic", "longrope")
@@ -47,6 +48,29 @@ class Rotation:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         moved = self.apply(wide[..., : self.width], wide[:, :0, :, : self.width], *turn)[0]
         return (moved if self.width is None else torch.cat([moved, wide[..., self.width :]], -1)).to(x.dtype)
+
+    def pairs(self, dim: int) -> tuple[int, bool] | None:
+        """Which of ``dim`` channels turn together: how many pairs, and whether they are interleaved as ``ops.lowrank_keys`` means it.
+
+        None where ``move`` turns them in some other way. Found by trying, because families differ in what their tables hold.
+        """
+        at, to = torch.zeros(3, dtype=torch.int64), torch.tensor([1, 70, 3000])
+        x = torch.linspace(-1, 2, 3 * dim).sin().view(1, 1, 3, dim)
+        moved, width = self.move(x, at, to), self.tables(at[None])[0].shape[-1]
+        for pairs in (n for n in (width // 2, width) if 2 * n <= dim):
+            for interleaved in (False, True):
+                if torch.allclose(turned(x, self.turns(to, dim, pairs, interleaved), interleaved), moved, atol=1e-5):
+                    return pairs, interleaved
+        return None
+
+    def turns(self, positions: Tensor, dim: int, pairs: int, interleaved: bool) -> Tensor:
+        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from position 0 to ``positions`` (int64 ``[N]``)."""
+        one = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+        other = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+        x = torch.zeros(1, 1, len(positions), dim)
+        x[..., one] = 1
+        moved = self.move(x, torch.zeros_like(positions), positions)[0, 0]
+        return torch.stack([moved[:, one], moved[:, other]], 1)
 
     def works(self, dim: int) -> bool:
         """Does moving a vector of ``dim`` channels equal rotating it to the new position in the first place?"""

@@ -22,6 +22,9 @@ class Keys(PageDigest):
     def page_bytes(self) -> int:
         return 0
 
+    def scan_bytes(self) -> int:
+        return int(self.pages.sum()) * self.k.shape[1] * self.k.element_size()
+
     def update(self, k: Tensor, starts: Tensor, lengths: Tensor) -> None:
         self.k, self.starts, self.pages = k, starts, lengths
 

@@ -95,6 +95,10 @@ class PageDigest:
         """Bytes per page and KV head."""
         return sum(t.shape[1] * t.element_size() for t in self._entries().values())
 
+    def scan_bytes(self) -> int:
+        """Bytes that a choice among all pages reads."""
+        return int(self.pages.sum()) * self.page_bytes()
+
     def _hold(self, name: str, t: Tensor | None) -> None:
         """Make ``t`` the attribute ``name``, and count its bytes instead of those of what it replaces."""
         self._meter.add(_bytes(t) - _bytes(getattr(self, name)))
