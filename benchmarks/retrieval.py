@@ -2,7 +2,7 @@
 
 needle  every way to read less, by budget and length, on the needles of the shipped model: accuracy, memory on the device, bytes that a
         generated token reads, ms per token; a run that was stopped goes on from its file
-replay  16384 tokens of prompt and 4096 generated ones, every method at a budget that holds everything, beside transformers' own cache
+replay  16384 tokens of prompt and 4096 generated ones, every method made to choose every page, beside transformers' own cache
 disk    a text four times as long as the memory that the process may take for it, pages on disk, answered or not
 shadow  one layer of 64K tokens with low-rank keys on the device and values in host memory, beside SDPA over all of it: bytes and time
 
@@ -32,6 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import kvcache
 import sparse_attn
 from kvcache import READERS
+from sparse_attn import ops
 from sparse_attn.kept import attend_kept
 from sparse_attn.patterns import Dense
 from sparse_attn.types import LayerContext
@@ -121,7 +122,7 @@ def markdown(rows: Iterable[Row]) -> str:
 def replay(args: argparse.Namespace) -> Iterator[dict]:
     """Largest difference of logits over every generated token; float32, so what is left is rounding."""
     config = LlamaConfig(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=32, vocab_size=128, max_position_embeddings=args.prompt + args.generate)
+                         head_dim=32, vocab_size=128, max_position_embeddings=args.prompt + args.generate, initializer_range=0.1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 128, (1, args.prompt + args.generate))
@@ -129,7 +130,7 @@ def replay(args: argparse.Namespace) -> Iterator[dict]:
     exact = _replayed(model.double(), DynamicCache(config=config), ids, args.prompt)
     model.float()
     own = float((wanted - exact).abs().max())
-    everything = {"budget": 2 * ids.shape[1], "dense_layers": ()}
+    everything = {"budget": 4096, "dense_layers": ()}
     with sparse_attn.patch(model, prefill="dense"):
         for name in METHODS:
             # the whole matrix of two heads of 32 has rank 64
@@ -138,11 +139,17 @@ def replay(args: argparse.Namespace) -> Iterator[dict]:
                 if name == "shadowkv" and len(tiers) == 1 or name == "token_select" and len(tiers) > 1:
                     continue
                 began, cache = time.perf_counter(), kvcache.make_cache(model, decode=name, tiers=tiers, **full)
+                object.__setattr__(cache.kept.decode, "choose", _all_pages)
                 found = _replayed(model, cache, ids, args.prompt)
                 error = float((found - exact).abs().max())
                 yield {"benchmark": "replay", "cache": name, "tiers": list(tiers), "prompt": args.prompt, "generated": args.generate,
                        "max_error": error, "dense_max_error": own, "logits_std": float(exact.std()),
                        "seconds": time.perf_counter() - began, "moved": sum(cache.report().tiers.values())}
+
+
+def _all_pages(q, lengths, digest, first=None, last=None) -> torch.Tensor:
+    """In place of what a reader would choose, so that every page goes the way of a chosen one."""
+    return ops.keep_top(torch.zeros(int((digest.starts + digest.pages).max())), digest.starts, digest.pages, digest.pages.int(), int(digest.pages.max()))
 
 
 def _replayed(model: LlamaForCausalLM, cache, ids: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -279,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     swept = sweep.parser("retrieval needle", "see above", "16384,32768,65536,131072", "2,2,1,1", "single,multikey", RESULTS)
     add = parts.add_parser("needle", parents=[swept], add_help=False).add_argument
     add("--methods", help=f"names separated by commas (default: {','.join(METHODS)})")
-    add("--budgets", default="512,2048", help="tokens per KV head that a generated token reads (default: %(default)s)")
+    add("--budgets", default="1024,4096", help="tokens per KV head that a generated token reads (default: %(default)s)")
     add("--prefill", default="chorus", help="how the prompt is read (default: %(default)s)")
     for name, options in (("replay", {"--prompt": 16384, "--generate": 4096}), ("disk", {"--length": 131072, "--times": 4}),
                           ("shadow", {"--tokens": 65536, "--rank": 160, "--budget": 1024, "--reps": 20})):
