@@ -292,7 +292,7 @@ def test_every_family_is_dense_within_the_budget(family):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (dict(rank=0), "rank=0 must be a whole number, 1 or more"),
-    (dict(budget=50), "budget=50 has no room for the first token, 64 recent ones"),
+    (dict(budget=50), "budget=50 leaves no page to choose, since 66 tokens are read in any case"),
     (dict(query_weight=-1.0), "query_weight=-1.0 must be a number, 0 or more"),
     (dict(max_iter=1.5), "max_iter=1.5 must be a whole number, 0 or more"),
     (dict(dense_layers=(-1,)), "dense_layers has -1"),

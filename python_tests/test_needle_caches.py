@@ -74,10 +74,14 @@ def test_a_question_that_comes_after_cannot_bring_back_what_it_would_have_kept(s
         assert answered(shipped, prompt, cached("snapkv", "after"))[0] == 0
 
 
-@pytest.mark.parametrize("name, settings", [("quest", {}), ("lrqk", dict(rank=16, recent=32))])
+@pytest.mark.parametrize("name, settings", [
+    ("quest", {}), ("landmarks", dict(outliers=2)), ("double_sparsity", dict(recent=16)), ("token_select", dict(sinks=8, recent=32)),
+    ("infllm", dict(page=16, sinks=16, recent=32)), ("quickllama", dict(page=16, sinks=16, recent=32, question=16)),
+    ("lrqk", dict(rank=16, recent=32)),
+])
 def test_what_keeps_everything_and_reads_a_sixteenth_answers_questions_that_come_after(shipped, prompts, name, settings):
+    method = runner.Method(cache=name, cache_args={"budget": TOKENS // 16, "dense_layers": [], **settings}, question="after")
     for prompt in prompts:
-        method = cached(name, "after", dense_layers=[], **settings | {"budget": TOKENS // 16})
         assert answered(shipped, prompt, method, 512)[0] == 1
 
 

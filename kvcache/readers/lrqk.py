@@ -53,15 +53,14 @@ class LRQK(Reader):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("rank", 1), ("recent", 0), ("max_iter", 0)):
+        for name, least in (("rank", 1), ("max_iter", 0)):
             number = getattr(self, name)
             whole = isinstance(number, int) and not isinstance(number, bool)
             require(whole and number >= least, f"{name}={number!r} must be a whole number, {least} or more")
         for name in ("query_weight", "key_weight", "tol"):
             number = getattr(self, name)
             require(isinstance(number, int | float) and 0 <= number < float("inf"), f"{name}={number!r} must be a number, 0 or more")
-        require(self.budget >= self.recent + 2,
-                f"budget={self.budget} has no room for the first token, {self.recent} recent ones and the query's own; give {self.recent + 2} or more")
+        self.require_room()
 
     def digest(self, meter: Meter, layer: int) -> Factors:
         """See ``PageReader``."""
