@@ -175,7 +175,7 @@ def test_a_full_last_tier_loses_nothing(backend, tiers):
 
 @everywhere
 def test_a_disk_that_is_really_full_loses_nothing(backend, tmp_path):
-    pools = Pools(("device", Host(4 * SIZE), Disk(folder=tmp_path)), backend=backend)
+    pools = Pools(("device", Host(4 * SIZE), Disk(5 * SIZE, tmp_path)), backend=backend)
     pool = pools.of(SIZE)
     ids = pool.write(pages(6))
     before, limits = pools.counts(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -220,7 +220,7 @@ def test_a_page_that_was_damaged_is_found(backend, fault, size, tmp_path):
             spill.seek(0)
             spill.write(stale)
         else:
-            spill.seek(2 * SIZE + (77 if fault == "altered" else 512))
+            spill.seek(2 * SIZE + (size - 1 if fault == "altered" else 512))
             byte = spill.read(1)
             spill.seek(-1, 1)
             spill.write(bytes([byte[0] ^ 1]) if fault == "altered" else bytes(4096 - 512))
@@ -268,6 +268,62 @@ def test_a_killed_process_leaves_no_file(backend, tmp_path):
 
 
 @everywhere
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_child_process_does_not_touch_the_pools_of_its_parent(backend, tmp_path):
+    pool = Pools(("device", Disk(folder=tmp_path)), backend=backend).of(SIZE)
+    ids = pool.write(pages(50))
+    back(pool, ids)
+    child = os.fork()
+    if not child:
+        refused = 0
+        for call in (lambda: pool.write(pages(1)), lambda: back(pool, ids), lambda: pool.release(ids), lambda: pool.hold(ids)):
+            try:
+                call()
+            except ContractError as error:
+                refused += "was forked" in str(error)
+        pool.close()
+        del pool
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    assert torch.equal(back(pool, ids), pages(50))
+
+
+@everywhere
+def test_a_system_without_memory_loses_nothing(backend):
+    pools = Pools(("device", "host"), backend=backend)
+    pool = pools.of(SIZE)
+    ids, big = pool.write(pages(3)), torch.zeros(50_000, SIZE, dtype=torch.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = pools.counts()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match="the host tier cannot get 204,800,000 bytes of memory: Cannot allocate memory"):
+            pool.write(big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert pools.counts() == before
+    assert torch.equal(back(pool, ids), pages(3))
+
+
+@everywhere
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_pages_go_over_to_a_device_once_they_are_waited_for(backend, device):
+    pool = Pools(("device", "host"), backend=backend).of(SIZE)
+    ids, out, slots = pool.write(pages(100)), torch.zeros(200, SIZE // 2, dtype=torch.bfloat16, device=device), torch.randperm(200)[:100]
+    rows = out.view(torch.uint8)
+    begin = pool.read if device == "cuda" else lambda ids, out, slots: pool._read_over(ids, rows, slots)
+    fence = begin(ids, out, slots)
+    assert not fence.done() and not rows.any()
+    fence.wait()
+    fence.wait()
+    assert fence.done() and torch.equal(rows.cpu()[slots], pages(100)) and int(rows.any(1).sum()) == 100
+    with pytest.raises(ContractError, match="no row 200 for a page among the 200"):
+        begin(ids[:1], out, torch.tensor([200]))
+
+
+@everywhere
 def test_a_read_under_way_survives_the_release_of_its_pages(backend, tmp_path):
     pools = Pools(("device", Host(64 * SIZE), Disk(folder=tmp_path)), backend=backend)
     pool = pools.of(SIZE)
@@ -281,6 +337,18 @@ def test_a_read_under_way_survives_the_release_of_its_pages(backend, tmp_path):
         assert torch.equal(out, pages(100, seed=round))
         pool.release(again)
     assert pools.counts()["host"]["pages"] == pools.counts()["disk"]["pages"] == 0
+
+
+@everywhere
+def test_a_page_that_is_read_goes_down_when_the_read_is_over(backend, tmp_path):
+    size, n = 2**18, 192  # whole slabs, so that the new page takes the place of the old one
+    pools = Pools(("device", Host(n * size), Disk(folder=tmp_path)), backend=backend)
+    pool, out = pools.of(size), torch.zeros(n, size, dtype=torch.uint8)
+    ids = pool.write(pages(n, size))
+    fence = pool.read(ids.flip(0), out, torch.arange(n).flip(0))  # the oldest page last
+    pool.write(pages(1, size, seed=1))
+    fence.wait()
+    assert torch.equal(out, pages(n, size)) and pools.counts()["moved"] == 1
 
 
 @everywhere

@@ -46,11 +46,11 @@ int open_unnamed(const std::string& folder) {
 
 }  // namespace
 
-uint64_t checksum(const uint8_t* data, int64_t bytes, uint64_t stamp) {
+uint64_t checksum(const uint8_t* data, int64_t bytes) {
   constexpr int kLanes = 8;
   constexpr uint64_t kOdd = 0x9e3779b97f4a7c15, kOther = 0xd6e8feb86659fd93;
   uint64_t lanes[kLanes], words[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = (stamp + i + 1) * kOther;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = (i + 1) * kOther;
   auto mix = [&](const uint8_t* from) {
     std::memcpy(words, from, sizeof words);
     for (int i = 0; i < kLanes; ++i) lanes[i] = std::rotl(lanes[i] ^ words[i], 29) * kOdd;
@@ -171,7 +171,7 @@ void File::write(std::vector<Extent>& extents) const {
       Extent& extent = extents[i];
       std::memcpy(memory + filled, extent.source, extent.bytes);
       std::memset(memory + filled + extent.bytes, 0, padded(extent.bytes) - extent.bytes);
-      extent.sum = checksum(extent.source, extent.bytes, extent.stamp);
+      extent.sum = checksum(extent.source, extent.bytes);
       filled += padded(extent.bytes);
     }
     int64_t done = transfer([&](int64_t at) { return pwrite(file_, memory + at, filled - at, begin + at); }, filled);
@@ -190,7 +190,7 @@ void File::read(const Extent* extents, int64_t n) const {
     const uint8_t* page = memory + (extent.place - begin);
     if (extent.place - begin + extent.bytes > done) {
       failure = error ? Failure("unreadable", folder_, std::string(std::strerror(error))) : Failure("truncated", folder_);
-    } else if (checksum(page, extent.bytes, extent.stamp) != extent.sum) {
+    } else if (checksum(page, extent.bytes) != extent.sum) {
       failure = Failure("altered", folder_);
     } else {
       std::memcpy(extent.target, page, extent.bytes);

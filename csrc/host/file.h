@@ -13,16 +13,15 @@ constexpr int64_t kSector = 4096;
 
 inline int64_t padded(int64_t bytes) { return (bytes + kSector - 1) / kSector * kSector; }
 
-// A change of any one 8-byte word always changes it. The stamp is another for every page ever written, so that an older page in the
-// same place is not taken for this one.
-uint64_t checksum(const uint8_t* data, int64_t bytes, uint64_t stamp);
+// A change of any one 8-byte word always changes it.
+uint64_t checksum(const uint8_t* data, int64_t bytes);
 
 // A page on its way to the file, or from it.
 struct Extent {
   const uint8_t* source;  // of a write
   uint8_t* target;        // of a read
   int64_t bytes, place;
-  uint64_t stamp, sum;
+  uint64_t sum;
 };
 
 // ``reserve`` and ``free`` must not run at the same time; everything else may.

@@ -103,7 +103,12 @@ PYBIND11_MODULE(_host, m) {
   });
   using Free = py::call_guard<py::gil_scoped_release>;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init<int64_t, int64_t, const std::string&, int>())
+      .def(py::init([](int64_t host, int64_t disk, const std::string& folder, int threads) {
+        // in a child process what waits for the threads would wait for ever
+        return std::shared_ptr<Engine>(new Engine(host, disk, folder, threads), [](Engine* engine) {
+          if (engine->own()) delete engine;
+        });
+      }))
       .def("counts", &counts);
   py::class_<Pool>(m, "Pool")
       .def(py::init<std::shared_ptr<Engine>, int64_t>())

@@ -32,8 +32,9 @@ Engine::State Engine::counts() {
   return {host_, disk_, moved_};
 }
 
-void Engine::start(std::shared_ptr<Job> job) {
+void Engine::start(std::shared_ptr<Job> job, std::unique_lock<std::mutex>& lock) {
   const auto& extents = job->extents;
+  std::vector<Piece> pieces;
   for (size_t begin = 0, end; begin < extents.size(); begin = end) {
     int64_t bytes = 0;
     const bool in_memory = extents[begin].source != nullptr;
@@ -43,9 +44,15 @@ void Engine::start(std::shared_ptr<Job> job) {
       if (!in_memory && extents[end].place != extents[begin].place + bytes) break;
       bytes += padded(extents[end].bytes);
     }
-    queue_.push_back({job, begin, end});
-    ++job->left;
+    pieces.push_back({job, begin, end});
   }
+  job->left = pieces.size();
+  if (pieces.size() == 1 && extents[0].source != nullptr) {
+    lock.unlock();
+    run(pieces[0]);  // sooner done than another thread is awake
+    return;
+  }
+  queue_.insert(queue_.end(), pieces.begin(), pieces.end());
   while (threads_.size() < size_t(n_threads_)) threads_.emplace_back([this] { gather(); });
   work_.notify_all();
 }
@@ -85,6 +92,7 @@ void Engine::run(const Piece& piece) {
 }
 
 void Engine::wait(Job& job) {
+  require_own();
   std::unique_lock lock(mutex_);
   while (job.left > 0) {
     if (queue_.empty()) {
@@ -153,6 +161,7 @@ void Pool::leave(uint32_t at) {
 }
 
 void Pool::hold(const int64_t* ids, int64_t n) {
+  engine_->require_own();
   std::lock_guard lock(engine_->mutex_);
   require_open();
   for (int64_t i = 0; i < n; ++i) number(ids[i]);
@@ -160,6 +169,7 @@ void Pool::hold(const int64_t* ids, int64_t n) {
 }
 
 void Pool::release(const int64_t* ids, int64_t n) {
+  engine_->require_own();
   std::lock_guard lock(engine_->mutex_);
   require_open();
   int64_t done = 0;
@@ -178,6 +188,7 @@ void Pool::release(const int64_t* ids, int64_t n) {
 }
 
 void Pool::close() {
+  if (!engine_->own()) return;
   std::lock_guard writing(engine_->writing_);
   std::unique_lock lock(engine_->mutex_);
   if (closed_) return;
@@ -199,7 +210,7 @@ std::vector<Pool::Move> Pool::victims(int64_t need, std::vector<Extent>& extents
   for (auto page = engine_->in_memory_.begin(); page != engine_->in_memory_.end() && held + need > engine_->host_limit_; ++page) {
     auto [pool, at] = page->second;
     moves.push_back({pool, at});
-    extents.push_back({pool->pages_[at].memory, nullptr, pool->size_, -1, page->first, 0});
+    extents.push_back({pool->pages_[at].memory, nullptr, pool->size_, -1, 0});
     held -= pool->size_;
   }
   return moves;
@@ -220,6 +231,7 @@ std::vector<uint8_t*> Pool::take_blocks(int64_t n) {
 
 void Pool::write(const uint8_t* from, int64_t n, int64_t* ids) {
   Engine& engine = *engine_;
+  engine.require_own();
   std::lock_guard writing(engine.writing_);
   std::unique_lock lock(engine.mutex_);
   require_open();
@@ -229,7 +241,7 @@ void Pool::write(const uint8_t* from, int64_t n, int64_t* ids) {
   const uint64_t first = engine.stamp_ + 1;
   engine.stamp_ += n;
   // more than memory ever takes goes down at once
-  for (int64_t i = 0; i < direct; ++i) extents.push_back({from + i * size_, nullptr, size_, -1, first + i, 0});
+  for (int64_t i = 0; i < direct; ++i) extents.push_back({from + i * size_, nullptr, size_, -1, 0});
 
   if (!extents.empty()) {
     if (!engine.file_) throw Failure("full", std::string("host"), engine.host_.bytes, engine.host_limit_, n * size_);
@@ -293,6 +305,7 @@ void Pool::write(const uint8_t* from, int64_t n, int64_t* ids) {
 // -- reading ------------------------------------------------------------------------------------------------------------------
 
 std::shared_ptr<Job> Pool::read(const int64_t* ids, const int64_t* slots, int64_t n, uint8_t* out, int64_t rows) {
+  engine_->require_own();
   std::vector<bool> taken(rows);
   for (int64_t i = 0; i < n; ++i) {
     if (slots[i] < 0 || slots[i] >= rows) throw Failure("no_row", slots[i], rows);
@@ -301,7 +314,7 @@ std::shared_ptr<Job> Pool::read(const int64_t* ids, const int64_t* slots, int64_
   }
   auto job = std::make_shared<Job>();
   job->pool = this;
-  std::lock_guard lock(engine_->mutex_);
+  std::unique_lock lock(engine_->mutex_);
   require_open();
   std::vector<std::pair<int64_t, int64_t>> order;  // place, which of the ids; -1 in memory
   order.reserve(n);
@@ -316,11 +329,11 @@ std::shared_ptr<Job> Pool::read(const int64_t* ids, const int64_t* slots, int64_
     const uint32_t at = static_cast<uint32_t>(ids[i]);
     Page& page = pages_[at];
     ++page.busy;
-    job->extents.push_back({page.memory, out + slots[i] * size_, size_, page.place, page.stamp, page.sum});
+    job->extents.push_back({page.memory, out + slots[i] * size_, size_, page.place, page.sum});
     job->pages.push_back(at);
     (page.memory ? engine_->host_ : engine_->disk_).read_bytes += page.memory ? size_ : padded(size_);
   }
-  engine_->start(job);
+  engine_->start(job, lock);
   return job;
 }
 

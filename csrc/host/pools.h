@@ -3,6 +3,8 @@
 // Two locks, taken in this order: ``writing_`` lets one thread write at a time, ``mutex_`` guards every table and is held for no copy
 // and no transfer. A page that somebody reads or moves is ``busy`` and stays where it is until that ends, also when nobody holds it.
 #pragma once
+#include <unistd.h>
+
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -47,6 +49,12 @@ class Engine {
   Engine(int64_t host, int64_t disk, const std::string& folder, int threads);
   ~Engine();
 
+  // Is this the process that made it? A child has the file and the tables as well, but not the threads.
+  bool own() const { return getpid() == process_; }
+  void require_own() const {
+    if (!own()) throw Failure("forked");
+  }
+
   struct State {
     Counts host, disk;
     int64_t moved;
@@ -62,12 +70,13 @@ class Engine {
     std::shared_ptr<Job> job;
     size_t begin, end;
   };
-  void start(std::shared_ptr<Job> job);  // with mutex_ held
+  void start(std::shared_ptr<Job> job, std::unique_lock<std::mutex>& lock);  // with mutex_ held, which it may give back
   void run(const Piece& piece);
   void gather();
 
   const int64_t host_limit_;
   const int n_threads_;
+  const pid_t process_ = getpid();
   std::unique_ptr<File> file_;
   std::mutex writing_, mutex_;
   std::condition_variable work_, changed_;

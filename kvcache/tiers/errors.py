@@ -66,5 +66,9 @@ def closed() -> ContractError:
     return ContractError("this pool was closed; make another")
 
 
+def forked() -> ContractError:
+    return ContractError("this process was forked from the one that made these pools, and would write into its file; make others here")
+
+
 def too_many(wanted: int, slots: int) -> ContractError:
     return ContractError(f"a run wants {wanted} pages at once and has {slots} slots; give it more")

@@ -6,6 +6,7 @@ Also what an install without compiler uses. Arrays are numpy's, because both lan
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -52,7 +53,7 @@ class Engine:
     """
 
     def __init__(self, host: int, disk: int, folder: str, threads: int):
-        self.lock = threading.RLock()
+        self.lock, self.process = threading.RLock(), os.getpid()
         self._limits, self._folder = {"host": host, "disk": disk}, folder
         self._names = itertools.count()
         self._memory: dict[int, bytes] = {}  # oldest first
@@ -105,7 +106,7 @@ class Engine:
             raise errors.unreadable(self._folder, error.strerror) from None
         if len(page) < size:
             raise errors.truncated(self._folder)
-        if _checksum(name, page) != checksum:
+        if _checksum(page) != checksum:
             raise errors.altered(self._folder)
         return page
 
@@ -127,7 +128,7 @@ class Engine:
         made = {}
         try:
             for name, page in pages.items():
-                made[name] = (self._place(_padded(len(page))), len(page), _checksum(name, page))
+                made[name] = (self._place(_padded(len(page))), len(page), _checksum(page))
                 rest = memoryview(page.ljust(_padded(len(page)), b"\0"))
                 while rest:
                     rest = rest[os.pwrite(self._file.fileno(), rest, made[name][0] + _padded(len(page)) - len(rest)) :]
@@ -166,7 +167,10 @@ class Pool:
     def write(self, pages: np.ndarray) -> np.ndarray:
         """``pages`` uint8 ``[n, page_bytes]`` -> int64 ``[n]``."""
         with self._open() as holders:
-            names = self._engine.add([page.tobytes() for page in pages]) if len(pages) else []
+            try:
+                names = self._engine.add([page.tobytes() for page in pages]) if len(pages) else []
+            except MemoryError:
+                raise errors.no_memory(pages.nbytes, os.strerror(errno.ENOMEM)) from None
             holders.update(dict.fromkeys(names, 1))
         return np.array(names, dtype=np.int64)
 
@@ -202,6 +206,8 @@ class Pool:
 
     def close(self) -> None:
         """Free everything."""
+        if self._engine.process != os.getpid():
+            return
         with self._engine.lock:
             for name in self._holders or ():
                 self._engine.forget(name)
@@ -212,6 +218,8 @@ class Pool:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[int, int]]:
+        if self._engine.process != os.getpid():
+            raise errors.forked()
         with self._engine.lock:
             if self._holders is None:
                 raise errors.closed()
@@ -259,6 +267,8 @@ class Slots:
 
 
 def _open(self) -> Iterator[dict[int, int]]:
+        if self._engine.process != os.getpid():
+            raise errors.forked()
         with self._engine.lock:
             if self._holders is None:
                 raise errors.closed()
@@ -329,9 +339,8 @@ def _padded(size: int) -> int:
     return -(-size // _SECTOR) * _SECTOR
 
 
-def _checksum(name: int, page: bytes) -> bytes:
-    # with the name, so that an older page in the same place is not taken for this one
-    return hashlib.blake2b(page, digest_size=8, salt=name.to_bytes(8, "little")).digest()
+def _checksum(page: bytes) -> bytes:
+    return hashlib.blake2b(page, digest_size=8).digest()
 
 
 def _require_held(holders: dict[int, int], ids: np.ndarray, times: int = 1) -> None:

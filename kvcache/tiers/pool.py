@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_attn.errors import require, warn_once
 
-from . import plain
+from . import errors, plain
 from .specs import Disk, Host, Tier, as_tiers
 
 try:
@@ -30,7 +30,7 @@ class Pools:
     """The tiers behind the device of one cache: every limit holds for all its pools together.
 
     A full host tier passes its oldest pages on to the disk. They stay there: the slots of the device are what keeps pages at hand
-    that are read often. Host memory is not pinned; where pages go on to a GPU, read them into an ``out`` that is.
+    that are read often. Host memory is not pinned: a read for a GPU passes through a piece that is.
 
     Args:
         tiers: what ``as_tiers`` takes; the device, and one or two behind it.
@@ -93,6 +93,7 @@ class Pool:
         Raises:
             CapacityError: if the last tier cannot take what would have to go there; everything is then as it was.
         """
+        require(pages.device.type == "cpu", f"pages must be on the host; they are on {pages.device}")
         rows = self._rows(pages, "pages")
         require(pages.dim() > 0 and len(pages) == len(rows),
                 f"pages {list(pages.shape)} of {pages.dtype} are not rows of {self.page_bytes} bytes; give one row per page")
@@ -101,18 +102,29 @@ class Pool:
     def read(self, ids: Tensor, out: Tensor, slots: Tensor) -> plain.Fence:
         """Begin to read the pages ``ids`` into the rows ``slots`` of ``out``; a prefetch is a read that is waited for later.
 
-        Pages may be released meanwhile. A fence that is thrown away waits first.
+        Pages may be released meanwhile. A fence that is thrown away waits first. Pages for a GPU are gathered in pinned memory and go
+        over in one copy, once their fence is waited for: a kernel launch per page would cost more than the page.
 
         Args:
             ids: int64 ``[n]``.
-            out: on the host, contiguous, any shape that is whole pages.
+            out: contiguous, any shape that is whole pages.
             slots: int64 ``[n]``, each its own: rows of out as ``[*, page_bytes]``.
 
         Returns:
             the fence, whose ``wait()`` returns when all pages are there and raises TierError if one was lost; ``done()`` asks.
         """
         require(ids.shape == slots.shape, f"{list(ids.shape)} ids for {list(slots.shape)} slots; give one slot per id")
-        return self._pool.read(_numbers(ids, "ids"), self._rows(out, "out").numpy(), _numbers(slots, "slots"))
+        rows = self._rows(out, "out")
+        if rows.device.type == "cpu":
+            return self._pool.read(_numbers(ids, "ids"), rows.numpy(), _numbers(slots, "slots"))
+        return self._read_over(ids, rows, slots)
+
+    def _read_over(self, ids: Tensor, rows: Tensor, slots: Tensor) -> _Landing:
+        bad = slots[(slots < 0) | (slots >= len(rows))]
+        if len(bad):
+            raise errors.no_row(int(bad[0]), len(rows))
+        staged = torch.empty(len(ids), self.page_bytes, dtype=torch.uint8, pin_memory=rows.device.type == "cuda")
+        return _Landing(self.read(ids, staged, torch.arange(len(ids))), staged, rows, slots)
 
     def hold(self, ids: Tensor) -> None:
         """Hold pages once more, int64 ``[n]``: beams and forks share them."""
@@ -128,11 +140,29 @@ class Pool:
 
     def _rows(self, t: Tensor, name: str) -> Tensor:
         """uint8 ``[n, page_bytes]``, the same memory."""
-        require(t.device.type == "cpu" and t.is_contiguous(), f"{name} must be contiguous and on the host; it is {t.device} {list(t.stride())}")
+        require(t.is_contiguous(), f"{name} must be contiguous; its strides are {list(t.stride())}")
         rows = t.detach().reshape(-1).view(torch.uint8)
         require(len(rows) % self.page_bytes == 0,
                 f"{name} {list(t.shape)} of {t.dtype} is not whole pages of {self.page_bytes} bytes; give it another shape")
         return rows.view(-1, self.page_bytes)
+
+
+class _Landing:
+    """A fence whose pages have another step to go, to the device."""
+
+    def __init__(self, fence: plain.Fence, staged: Tensor, rows: Tensor, slots: Tensor):
+        self._fence, self._copy = fence, (staged, rows, slots)
+
+    def wait(self) -> None:
+        self._fence.wait()
+        if self._copy is not None:
+            staged, rows, slots = self._copy
+            # torch keeps pinned memory until the copy from it is done
+            rows.index_copy_(0, slots.to(rows.device), staged.to(rows.device, non_blocking=True))
+            self._copy = None
+
+    def done(self) -> bool:
+        return self._copy is None
 
 
 class Slots:
