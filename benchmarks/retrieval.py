@@ -226,9 +226,10 @@ def shadow(args: argparse.Namespace) -> Iterator[dict]:
     cache = kvcache.make_cache(model, decode="shadowkv", budget=args.budget, rank=args.rank, dense_layers=())
     core, g = cache.layers[0].core, torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, kv_heads, n, dim, generator=g).to(dtype) for _ in range(2))
-    core.append(k, v)
-    core.admit()
-    core.observe(None)
+    for tokens in (slice(n), slice(1)):  # with the first generated token the room of the prompt is given back
+        core.append(k[:, :, tokens], v[:, :, tokens])
+        core.admit()
+        core.observe(None)
     walk = torch.randn(args.reps + 8, 1, heads, 1, dim, generator=g)
     for i in range(1, len(walk)):  # queries of neighbouring tokens look at much the same pages
         walk[i] = 0.9 * walk[i - 1] + 0.19**0.5 * walk[i]

@@ -9,7 +9,7 @@ from .pages import PageDigest
 
 
 class Landmarks(PageDigest):
-    """One vector that stands for a page, and the least cosine similarity of its keys to it (ShadowKV, arXiv:2410.21465, section 4.1).
+    """One vector that stands for a page, and the least cosine similarity of its keys to it (ShadowKV, arXiv:2410.21465).
 
     Attributes:
         landmark: ``[P, D]`` mean key, in the dtype of the keys.
