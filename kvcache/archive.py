@@ -292,7 +292,8 @@ class Archive:
         if self._slots is not None and self._n_slots >= wanted:
             return
         self._drop_slots()
-        self._n_slots = max(self._n_slots, wanted)
+        if wanted > self._n_slots:
+            self._n_slots = wanted + wanted // 8
         self._slots = Slots(runs, self._n_slots)
         self._k, self._v = (empty_rows(t, runs * self._n_slots * self.page) for t in self._like)
         self._meter.add(self._k.numel() * self._k.element_size() + self._v.numel() * self._v.element_size())
