@@ -85,10 +85,13 @@ class Rotation:
             return False
 
 
-def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wanted_by: str = "dual_chunk") -> dict[str, Rotation]:
+def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wanted_by: str = "dual_chunk",
+              none: bool = False) -> dict[str, Rotation]:
     """The rotation of every attention module that rotates and sees all keys; layers without RoPE or with a window are left out.
 
-    ``wanted_by`` is the option that an error names.
+    Args:
+        wanted_by: the option that an error names.
+        none: whether there may be no such layer.
 
     Raises:
         ContractError: if the model's rotation cannot be repeated.
@@ -110,7 +113,7 @@ def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wante
             refusal = f"{type(module).__name__} rotates in a way that cannot be repeated"
             break
         found[name] = fits[0]
-    if refusal is None and not found:
+    if refusal is None and not found and not none:
         refusal = "no layer of it has both rotary positions and full attention"
     if refusal is not None:
         raise ContractError(f"{wanted_by} cannot serve {type(tower).__name__}: {refusal}; leave it out")
