@@ -10,8 +10,9 @@ from .policies import POLICIES
 from .readers import READERS
 
 # these import transformers, which takes seconds
-_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LRQKCache", "LocretCache", "PyramidKVCache", "QuestCache", "ShadowKVCache", "SnapKVCache",
-         "StreamingLLMCache", "TOVACache", "load", "make_cache", "prefill")
+_LAZY = ("AdaKVCache", "DoubleSparsityCache", "H2OCache", "InfLLMCache", "KVCache", "LRQKCache", "LandmarksCache",
+         "LocretCache", "PyramidKVCache", "QuestCache", "QuickLLaMACache", "ShadowKVCache", "SnapKVCache", "StreamingLLMCache",
+         "TOVACache", "TokenSelectCache", "load", "make_cache", "prefill")
 
 __all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "RETRIEVING", "CacheConfig", *_LAZY]
 

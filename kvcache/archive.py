@@ -23,8 +23,7 @@ from sparse_attn.errors import ContractError, require
 from sparse_attn.kept import Region
 
 from .store import Meter, Part, Store, empty_rows
-from .tiers import Pool, Pools, Slots
-from .tiers.plain import Fence
+from .tiers import Fence, Pools, Slots
 from .types import KeyForm
 
 # tokens of each run that come back at a time for a chunk of a prompt
@@ -216,11 +215,11 @@ class Archive:
         at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
         run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
         page, to = wanted[miss], at[miss]
-        fences = [self._read(self._values, self._at.values.flatten(0, 1)[run, page], self._v, to)]
+        fences = [self._values.read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
         if self._fitted:
             self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
         else:
-            fences.append(self._read(self._keys, self._at.keys.flatten(0, 1)[run, page], self._k, to))
+            fences.append(self._keys.read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
         self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
         self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         counts = torch.where(wanted < 0, 0, self.page).int()
@@ -273,7 +272,7 @@ class Archive:
     def _piece(self, b: int, heads: slice, at: slice, k: Tensor, v: Tensor | None) -> _Piece:
         count, n = heads.stop - heads.start, at.stop - at.start
         to = torch.arange(count * n)
-        fences = [] if v is None else [self._read(self._values, self._at.values[b, heads, at].flatten(), v, to)]
+        fences = [] if v is None else [self._values.read(self._at.values[b, heads, at].flatten(), v, to)]
         if self._fitted:
             pages = torch.full((*self.pages.shape, n), -1, dtype=torch.int32)
             pages[b, heads] = torch.arange(at.start, at.stop, dtype=torch.int32)
@@ -281,18 +280,11 @@ class Archive:
             targets[b, heads] = to.view(count, n) * self.page
             self._factors.rebuild(pages, self.page, k, targets)
         else:
-            fences.append(self._read(self._keys, self._at.keys[b, heads, at].flatten(), k, to))
+            fences.append(self._keys.read(self._at.keys[b, heads, at].flatten(), k, to))
         for fence in fences:
             fence.wait()
         k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
         return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
-
-    @staticmethod
-    def _read(pool: Pool, ids: Tensor, out: Tensor, to: Tensor) -> Fence | _Upload:
-        if out.device.type == "cpu":
-            return pool.read(ids, out, to)
-        staged = torch.empty(len(ids), pool.page_bytes // out.element_size(), dtype=out.dtype, pin_memory=True)
-        return _Upload(pool.read(ids, staged, torch.arange(len(ids))), staged, out, to)
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
@@ -300,7 +292,8 @@ class Archive:
         if self._slots is not None and self._n_slots >= wanted:
             return
         self._drop_slots()
-        self._n_slots = max(self._n_slots, wanted)
+        if wanted > self._n_slots:
+            self._n_slots = wanted + wanted // 8
         self._slots = Slots(runs, self._n_slots)
         self._k, self._v = (empty_rows(t, runs * self._n_slots * self.page) for t in self._like)
         self._meter.add(self._k.numel() * self._k.element_size() + self._v.numel() * self._v.element_size())
@@ -344,26 +337,11 @@ class Archive:
 
 
 @dataclass(frozen=True, eq=False)
-class _Upload:
-    """Pages that go on from host memory to an accelerator once they are there."""
-
-    fence: Fence
-    staged: Tensor
-    out: Tensor
-    to: Tensor
-
-    def wait(self) -> None:
-        self.fence.wait()
-        pages = self.out.view(-1, self.staged.shape[1])
-        pages.index_copy_(0, self.to.to(pages.device), self.staged.to(pages.device, non_blocking=True))
-
-
-@dataclass(frozen=True, eq=False)
 class Fetch:
     """Pages on their way to the slots."""
 
     region: Region
-    fences: list
+    fences: list[Fence]
 
     def wait(self) -> Region:
         """Where they are, once they are there."""

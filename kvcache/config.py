@@ -47,7 +47,7 @@ class CacheConfig:
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
         decode: which pages of what is kept a few queries read, generated tokens and drafts; None for all.
         tiers: where tokens live, fastest first. With more than "device", pages that are older than what the reader needs at hand leave
-            the device: "host" is its memory, pinned where there is an accelerator, "disk" a file. Names, or values of ``kvcache.tiers``
+            the device: "host" is memory of the process, "disk" a file. Names, or values of ``kvcache.tiers``
             that say how many bytes a tier may take.
         codec: what keys become when they leave the device.
     """
