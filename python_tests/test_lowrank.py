@@ -123,7 +123,8 @@ def test_rounded_factors_cost_as_much_as_a_rounded_key():
     """The claim of the docstring of KeyFactors."""
     at, keys = torch.arange(4000), low_rank_keys(4000, 8)
     k = rotated(keys, half_turns(), at)
-    exact, rounded = (everything(made(8, [(k.to(dtype), at)], half_turns()), 0).double() for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (everything(made(8, [(k.to(dtype), at)], half_turns()), 0).double()
+                      for dtype in (torch.float32, torch.bfloat16))
     scale = exact.pow(2).mean().sqrt()
     assert (rounded - exact).pow(2).mean().sqrt() / scale < 4e-3
     assert (k.bfloat16().double() - k.double()).pow(2).mean().sqrt() / scale > 1e-3
@@ -359,7 +360,7 @@ K, AT = torch.randn(HEADS, 20, DIM), torch.arange(20)
     (lambda: LowRankKeys(3).layer(Meter(), None).rebuild(*[None] * 4), "there are no keys yet to rebuild; fit() comes first"),
     (lambda: made(3, [(K, AT)], None).append(1, K, AT), "there is no sequence 1 among the 1 that were fitted"),
     (lambda: made(3, [(K, AT)], None).append(0, K[:1], AT), "k is [1, 20, 16], not [2, n, 16] as it was when the basis was made"),
-    (lambda: made(3, [(K, AT)], None).rebuild(torch.full((1, HEADS, 1), 3).int(), PAGE, torch.zeros(99, DIM), torch.zeros(1, HEADS, 1).long()),
+    (lambda: made(3, [(K, AT)], None).rebuild(torch.full((1, HEADS, 1), 3), PAGE, torch.zeros(99, DIM), torch.zeros(1, HEADS, 1)),
      "sequences have [20] tokens, and pages of 8 were asked for that lie behind them"),
 ])  # fmt: skip
 def test_bad_input_gets_a_sentence(call, sentence):

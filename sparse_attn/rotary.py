@@ -50,7 +50,7 @@ class Rotation:
         return (moved if self.width is None else torch.cat([moved, wide[..., self.width :]], -1)).to(x.dtype)
 
     def pairs(self, dim: int) -> tuple[int, bool] | None:
-        """Which of ``dim`` channels turn together: how many pairs, and whether they are interleaved as ``ops.lowrank_keys`` means it.
+        """Which of ``dim`` channels turn together: how many pairs, and whether they are interleaved (``ops.lowrank_keys``).
 
         None where ``move`` turns them in some other way. Found by trying, because families differ in what their tables hold.
         """
@@ -64,7 +64,7 @@ class Rotation:
         return None
 
     def turns(self, positions: Tensor, dim: int, pairs: int, interleaved: bool) -> Tensor:
-        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from position 0 to ``positions`` (int64 ``[N]``)."""
+        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from 0 to ``positions`` (int64 ``[N]``)."""
         one = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
         other = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
         x = torch.zeros(1, 1, len(positions), dim)

@@ -92,7 +92,8 @@ class Worker {
 
   // simple enough that the compiler makes vectors of it
   template <int kStride>
-  SA_INLINE void turn_pairs(const float* __restrict far, const float* __restrict near, float* __restrict one, float* __restrict other) const {
+  SA_INLINE void turn_pairs(const float* __restrict far, const float* __restrict near, float* __restrict one,
+                            float* __restrict other) const {
     for (int64_t i = 0; i < a_.pairs; ++i) {
       const float cosine = far[i] * near[i] - far[a_.pairs + i] * near[a_.pairs + i];
       const float sine = far[a_.pairs + i] * near[i] + far[i] * near[a_.pairs + i];
