@@ -353,7 +353,7 @@ K, AT = torch.randn(HEADS, 20, DIM), torch.arange(20)
 @pytest.mark.parametrize(("call", "sentence"), [
     (lambda: LowRankKeys(0), "rank=0 must be 1 or more"),
     (lambda: LowRankKeys(1.5), "rank=1.5 must be 1 or more"),
-    (lambda: made(HEADS * DIM + 1, [(K, AT)], None), "rank=33 is above the 32 channels of all KV heads together (2 of 16)"),
+    (lambda: made(HEADS * DIM + 1, [(K, AT)], None), "rank=33 is above the 32 channels of all KV heads (2 of 16)"),
     (lambda: made(3, [(K, AT[:-1])], None), "the same tokens for all KV heads, got [2, 20, 16] and [19]"),
     (lambda: made(3, [], None), "there is no token to make a basis from"),
     (lambda: LowRankKeys(3).layer(Meter(), None).append(0, K, AT), "there is no basis yet to append to; fit() comes first"),

@@ -64,7 +64,7 @@ class Rotation:
         return None
 
     def turns(self, positions: Tensor, dim: int, pairs: int, interleaved: bool) -> Tensor:
-        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from 0 to ``positions`` (int64 ``[N]``)."""
+        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from 0 to ``positions`` (int64)."""
         one = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
         other = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
         x = torch.zeros(1, 1, len(positions), dim)

@@ -56,8 +56,8 @@ class LowRankKeys:
 class KeyFactors:
     """The keys of one layer as ``LowRankKeys`` keeps them.
 
-    Factors and basis are of the keys' dtype. In bfloat16 their rounding costs 0.2% of a key (rms), which is what the rounding of the
-    key itself costs, and less than any rank leaves out that is worth having; float32 would double the bytes per token.
+    Factors and basis are of the keys' dtype. In bfloat16 their rounding costs 0.2% of a key (rms), which is what the rounding of
+    the key itself costs, and less than any rank leaves out that is worth having; float32 would double the bytes per token.
 
     Args:
         rank: numbers per token.
@@ -110,7 +110,7 @@ class KeyFactors:
         require(k is not None, "there is no token to make a basis from; fit() comes once there are some")
         heads, _, dim = k.shape
         require(self._rank <= heads * dim,
-                f"rank={self._rank} is above the {heads * dim} channels of all KV heads together ({heads} of {dim}); use that or less")
+                f"rank={self._rank} is above the {heads * dim} channels of all KV heads ({heads} of {dim}); use that or less")
         self._hold("basis", empty_rows(k.new_empty(0, heads, self._rank, dim), batch))
         self.energy, self.lengths = torch.ones(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.int64)
         self._fitted = counts
