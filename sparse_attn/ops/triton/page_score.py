@@ -14,7 +14,7 @@ from .tiles import load_queries, load_rows, overlapping, real_queries, reduced
 CONFIGS = {
     80: dict(TILE=64, num_warps=4, num_stages=2),
     90: dict(TILE=64, num_warps=4, num_stages=3),
-}  # fmt: skip
+}
 
 
 @triton.jit

@@ -12,10 +12,14 @@ from torch import Tensor
 from . import frame
 from .tiles import capped, finite, load_rows, log_sum, real_queries, soften
 
-# MOST: query rows of a tile
-CONFIGS = {
-    80: dict(MOST=64, TILE=32, num_warps=4, num_stages=2),
-    90: dict(MOST=64, TILE=64, num_warps=4, num_stages=2),
+# a generated token or a few, and chunks
+FEW = {
+    80: dict(ROWS=16, TILE=32, num_warps=4, num_stages=2),
+    90: dict(ROWS=16, TILE=64, num_warps=4, num_stages=2),
+}
+CHUNKS = {
+    80: dict(ROWS=64, TILE=32, num_warps=4, num_stages=2),
+    90: dict(ROWS=64, TILE=64, num_warps=8, num_stages=2),
 }
 JOINS = {80: dict(num_warps=4)}
 _MOST_PARTS = 64
@@ -116,10 +120,9 @@ def run(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tenso
     (batch, n_heads, n_q, dim), (_, kv_heads, n_pages), value_dim = q.shape, starts.shape, v.shape[1]
     if n_pages == 0:
         starts, counts, n_pages = starts.new_zeros(batch, kv_heads, 1), counts.new_zeros(batch, kv_heads, 1), 1
-    config = dict(frame.pinned(CONFIGS, q.device))
-    group, most = n_heads // kv_heads, config.pop("MOST")
-    rows = min(most, frame.power(n_q * group))
-    blocks, n_rows = triton.cdiv(n_q * group, rows), batch * n_heads * n_q
+    group = n_heads // kv_heads
+    config = frame.pinned(FEW if n_q * group <= 16 else CHUNKS, q.device)
+    blocks, n_rows = triton.cdiv(n_q * group, config["ROWS"]), batch * n_heads * n_q
     parts = max(1, min(_MOST_PARTS, 2 * frame.processors(q.device) // max(1, blocks * batch * kv_heads), k.shape[0] // config["TILE"]))
     outs, lses = out, lse  # one part is the result; several are joined, in float32
     if parts > 1:
@@ -127,7 +130,7 @@ def run(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tenso
     frame.launch(attend, (blocks * parts, batch * kv_heads), q, k, v, starts.contiguous(), counts.cumsum(2), sinks, q_first, q_last,
                  bias, outs, lses, n_q, parts, float(scale), float(softcap), *q.stride(), k.stride(0), v.stride(0), KV_HEADS=kv_heads,
                  GROUP=group, N_PAGES=n_pages, STEPS=(n_pages - 1).bit_length(), CAUSAL=causal, CAPPED=softcap > 0, DIM=dim,
-                 WIDTH=frame.power(dim), VALUE_DIM=value_dim, VALUE_WIDTH=frame.power(value_dim), ROWS=rows, **config)
+                 WIDTH=frame.power(dim), VALUE_DIM=value_dim, VALUE_WIDTH=frame.power(value_dim), **config)
     if parts > 1:
         frame.launch(join, (n_rows,), outs, lses, out, lse, parts, n_q, n_heads, n_rows, PARTS=frame.power(parts, 1),
                      VALUE_DIM=value_dim, VALUE_WIDTH=frame.power(value_dim), **frame.pinned(JOINS, q.device))

@@ -15,7 +15,7 @@ from .tiles import load_queries, load_rows, log_sum, overlapping, real_queries, 
 CONFIGS = {
     80: dict(TILE=64, num_warps=4, num_stages=2),
     90: dict(TILE=64, num_warps=4, num_stages=3),
-}  # fmt: skip
+}
 _MOST_PARTS = 64
 
 
@@ -27,7 +27,7 @@ def sums(q, rows, starts, lengths, q_first, q_last, part_lse,
     """Log-sum-exp of a tile of queries over one part of one run: part_lse ``[runs, tiles of queries, parts, HEADS * EDGE]``."""
     part, block, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = real_queries(q_first, q_last, run // KV_HEADS, n_q)
-    x, _ = load_queries(q, run // KV_HEADS, run % KV_HEADS, first + block * EDGE, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM,
+    x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, first + block * EDGE, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM,
                         WIDTH)
     start, length = tl.load(starts + run), tl.load(lengths + run)
     share = tl.cdiv(tl.cdiv(length, n_parts), TILE) * TILE
@@ -37,7 +37,7 @@ def sums(q, rows, starts, lengths, q_first, q_last, part_lse,
         row = at + tl.arange(0, TILE)
         tile = load_rows(rows, start + row, row_stride, row < length, DIM, WIDTH)
         logits = tl.dot(x, tl.trans(tile), input_precision="ieee") * scale
-        _, top, total, _ = soften(tl.where((row < length)[None, :], logits, float("-inf")), top, total)
+        p, top, total, fade = soften(tl.where((row < length)[None, :], logits, float("-inf")), top, total)
     to = ((run.to(tl.int64) * tl.num_programs(1) + block) * n_parts + part) * (HEADS * EDGE) + tl.arange(0, HEADS * EDGE)
     tl.store(part_lse + to, log_sum(top, total))
 
