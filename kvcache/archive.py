@@ -46,6 +46,14 @@ class _Pages:
     values: Tensor
     positions: Tensor
 
+    # a prompt may be read in inference mode, and what follows outside of it writes to these
+    @classmethod
+    @torch.inference_mode(False)
+    def none(cls, batch: int, heads: int, page: int) -> _Pages:
+        ids, positions = torch.zeros(batch, heads, 0, dtype=torch.int64), torch.zeros(batch, heads, 0, page, dtype=torch.int32)
+        return cls(ids, ids, positions)
+
+    @torch.inference_mode(False)
     def grow(self, room: int) -> None:
         """See that ``room`` pages of each run fit."""
         missing = room - self.keys.shape[2]
@@ -55,6 +63,7 @@ class _Pages:
                 t = getattr(self, name)
                 setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
 
+    @torch.inference_mode(False)
     def of(self, sequences: Tensor) -> _Pages:
         return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
 
@@ -149,11 +158,9 @@ class Archive:
         if not bool(n.any()):
             return
         if self.pages is None:
-            self._like = store.k[:0], store.v[:0]
+            self._like = tuple(empty_rows(t, 0) for t in (store.k, store.v))  # a view would keep the rows of today
             self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size()) for t in self._like)
-            self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
-            self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
-                              torch.zeros((*shape, self.page), dtype=torch.int32))
+            self.pages, self._at = torch.zeros_like(n), _Pages.none(*n.shape, self.page)
         rows = store.rows_of(store.starts, n * self.page)
         count = len(rows) // self.page
         values = self._values.write(store.v[rows].reshape(count, -1).cpu())

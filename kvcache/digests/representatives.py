@@ -57,7 +57,7 @@ class Representatives(PageDigest):
         (batch, heads), n_q = starts.shape, queries.q.shape[2]
         if self.mass is None:
             self._hold("mass", zeros(k, batch, heads, self._recent + self.page))
-            self._hold("progress", torch.zeros(batch, 2, dtype=torch.int64))
+            self._hold("progress", empty_rows(torch.empty(0, 2, dtype=torch.int64), batch).zero_())
         first = [0] * batch if queries.first is None else queries.first.tolist()
         last = [n_q] * batch if queries.last is None else queries.last.tolist()
         for b in range(batch):
