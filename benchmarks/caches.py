@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kvcache import METHODS, READERS
+from kvcache import METHODS, READERS, RETRIEVING
 
 from . import sweep
 from .needle import runner
@@ -43,7 +43,7 @@ def methods(names: Sequence[str], budgets: Sequence[int], questions: Sequence[st
     without = [name for name in names if name in FILES and not (model / FILES[name][1]).is_file()]
     if without:
         raise NeedleError(f"--caches names {without[0]!r}, which needs {FILES[without[0]][1]} beside the model; it is not in {model}")
-    names = names or [name for name in METHODS if name not in READERS and (name not in FILES or (model / FILES[name][1]).is_file())]
+    names = names or [name for name in METHODS if name not in (*READERS, *RETRIEVING) and (name not in FILES or (model / FILES[name][1]).is_file())]
     unknown = [question for question in questions if question not in QUESTIONS]
     if unknown:
         raise NeedleError(f"--questions names {unknown[0]!r}; use {','.join(QUESTIONS)} or one of them")

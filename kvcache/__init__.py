@@ -5,15 +5,16 @@ import importlib
 from sparse_attn.handle import serve_caches
 
 from .budget import BUDGETS
-from .config import METHODS, CacheConfig
+from .config import METHODS, RETRIEVING, CacheConfig
 from .policies import POLICIES
 from .readers import READERS
 
 # these import transformers, which takes seconds
-_LAZY = ("AdaKVCache", "H2OCache", "KVCache", "LRQKCache", "LocretCache", "PyramidKVCache", "QuestCache", "SnapKVCache",
-         "StreamingLLMCache", "TOVACache", "load", "make_cache", "prefill")
+_LAZY = ("AdaKVCache", "DoubleSparsityCache", "H2OCache", "InfLLMCache", "KVCache", "LRQKCache", "LandmarksCache",
+         "LocretCache", "PyramidKVCache", "QuestCache", "QuickLLaMACache", "ShadowKVCache", "SnapKVCache", "StreamingLLMCache",
+         "TOVACache", "TokenSelectCache", "load", "make_cache", "prefill")
 
-__all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "CacheConfig", *_LAZY]
+__all__ = ["BUDGETS", "METHODS", "POLICIES", "READERS", "RETRIEVING", "CacheConfig", *_LAZY]
 
 serve_caches(lambda model, spec: importlib.import_module("kvcache.hf").installer(model, spec))
 

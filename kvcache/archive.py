@@ -11,6 +11,7 @@ Keys and values are pages of their own, because a codec may keep keys in another
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attn.errors import require
+from sparse_attn.errors import ContractError, require
 from sparse_attn.kept import Region
 
 from .store import Meter, Part, Store, empty_rows
-from .tiers import Pool, Pools, Slots
-from .tiers.plain import Fence
+from .tiers import Fence, Pools, Slots
 from .types import KeyForm
 
 # tokens of each run that come back at a time for a chunk of a prompt
@@ -59,13 +59,15 @@ class _Pages:
         missing = room - self.keys.shape[2]
         if missing > 0:
             more = max(missing, _TABLE, self.keys.shape[2] // 4)
-            for name in ("keys", "values", "positions"):
-                t = getattr(self, name)
-                setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
+            with torch.inference_mode(False):  # written later whatever mode is on then
+                for name in ("keys", "values", "positions"):
+                    t = getattr(self, name)
+                    setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
 
     @torch.inference_mode(False)
     def of(self, sequences: Tensor) -> _Pages:
-        return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
+        with torch.inference_mode(False):
+            return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +119,11 @@ class Archive:
         return None if self.pages is None else self.pages * self.page
 
     @property
+    def exact(self) -> bool:
+        """Whether keys still come back as they came."""
+        return not self._fitted
+
+    @property
     def n_bytes(self) -> int:
         """On the device: slots and factors."""
         held = sum(t.numel() * t.element_size() for t in (self._k, self._v) if t is not None)
@@ -144,7 +151,8 @@ class Archive:
 
     def __del__(self):
         if not sys.is_finalizing():  # the process takes its pools along, and torch is half gone
-            self._release()
+            with contextlib.suppress(ContractError):  # pools that went first, with the same cache
+                self._release()
 
     # -- coming and going -------------------------------------------------------------------------------------------------------
 
@@ -214,11 +222,11 @@ class Archive:
         at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
         run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
         page, to = wanted[miss], at[miss]
-        fences = [self._read(self._values, self._at.values.flatten(0, 1)[run, page], self._v, to)]
+        fences = [self._values.read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
         if self._fitted:
             self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
         else:
-            fences.append(self._read(self._keys, self._at.keys.flatten(0, 1)[run, page], self._k, to))
+            fences.append(self._keys.read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
         self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
         self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         counts = torch.where(wanted < 0, 0, self.page).int()
@@ -271,7 +279,7 @@ class Archive:
     def _piece(self, b: int, heads: slice, at: slice, k: Tensor, v: Tensor | None) -> _Piece:
         count, n = heads.stop - heads.start, at.stop - at.start
         to = torch.arange(count * n)
-        fences = [] if v is None else [self._read(self._values, self._at.values[b, heads, at].flatten(), v, to)]
+        fences = [] if v is None else [self._values.read(self._at.values[b, heads, at].flatten(), v, to)]
         if self._fitted:
             pages = torch.full((*self.pages.shape, n), -1, dtype=torch.int32)
             pages[b, heads] = torch.arange(at.start, at.stop, dtype=torch.int32)
@@ -279,18 +287,11 @@ class Archive:
             targets[b, heads] = to.view(count, n) * self.page
             self._factors.rebuild(pages, self.page, k, targets)
         else:
-            fences.append(self._read(self._keys, self._at.keys[b, heads, at].flatten(), k, to))
+            fences.append(self._keys.read(self._at.keys[b, heads, at].flatten(), k, to))
         for fence in fences:
             fence.wait()
         k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
         return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
-
-    @staticmethod
-    def _read(pool: Pool, ids: Tensor, out: Tensor, to: Tensor) -> Fence | _Upload:
-        if out.device.type == "cpu":
-            return pool.read(ids, out, to)
-        staged = torch.empty(len(ids), pool.page_bytes // out.element_size(), dtype=out.dtype, pin_memory=True)
-        return _Upload(pool.read(ids, staged, torch.arange(len(ids))), staged, out, to)
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,8 @@ class Archive:
         if self._slots is not None and self._n_slots >= wanted:
             return
         self._drop_slots()
-        self._n_slots = max(self._n_slots, wanted)
+        if wanted > self._n_slots:
+            self._n_slots = wanted + wanted // 8
         self._slots = Slots(runs, self._n_slots)
         self._k, self._v = (empty_rows(t, runs * self._n_slots * self.page) for t in self._like)
         self._meter.add(self._k.numel() * self._k.element_size() + self._v.numel() * self._v.element_size())
@@ -342,26 +344,11 @@ class Archive:
 
 
 @dataclass(frozen=True, eq=False)
-class _Upload:
-    """Pages that go on from host memory to an accelerator once they are there."""
-
-    fence: Fence
-    staged: Tensor
-    out: Tensor
-    to: Tensor
-
-    def wait(self) -> None:
-        self.fence.wait()
-        pages = self.out.view(-1, self.staged.shape[1])
-        pages.index_copy_(0, self.to.to(pages.device), self.staged.to(pages.device, non_blocking=True))
-
-
-@dataclass(frozen=True, eq=False)
 class Fetch:
     """Pages on their way to the slots."""
 
     region: Region
-    fences: list
+    fences: list[Fence]
 
     def wait(self) -> Region:
         """Where they are, once they are there."""

@@ -490,10 +490,13 @@ class CacheLayer:
         """The request as JSON facts and tensors, packed tight: what ``unpack`` takes. Nothing before the first append.
 
         Raises:
-            ContractError: in the middle of a forward, or of a draft that may be taken back.
+            ContractError: in the middle of a forward, or of a draft that may be taken back; or of keys that are factors by now.
         """
         require(self._n_new is not None or not self._appended,
                 "attention never looked at the last tokens of this cache, because the forward failed; reset() it")
+        require(self.archive is None or self.archive.exact,
+                f"layer {self.layer} keeps its older keys as factors since it generated a token, and a folder would hold worse ones; save the "
+                "cache between prefill and the first token, and go on from that")
         require(not self._held, f"layer {self.layer} holds tokens that may still be taken back; crop(0) accepts them")
         if self.store.k is None:
             return {}, {}
@@ -523,6 +526,7 @@ class CacheLayer:
         self._follow()
         if self.archive is not None and self.config.policy is None:
             self.archive.take(self.store, self.config.decode.recent)
+            self.store.shrink()
         self.n_columns, self.recording = facts["columns"], facts["recording"]
         for name in _FACTS:
             setattr(self, f"_{name}", facts[name])

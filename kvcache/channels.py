@@ -16,7 +16,8 @@ Channels = dict[int, list[list[int]]]
 
 
 def calibrate_channels(model, texts: Sequence[Tensor], width: int = 16) -> Channels:
-    """The channels of each KV head with the largest mean of |q_c k_c|, q and k of the same token (Double Sparsity, arXiv:2408.07092).
+    """The channels of each KV head with the largest mean of |q_c k_c|, q and k of the same token (Double Sparsity,
+    arXiv:2408.07092).
 
     Differs from its code: the mean is over all texts, where only the last one counts there; and over the query heads of a group.
 

@@ -22,9 +22,11 @@ _EVICTING = {name: (name, "uniform") for name in POLICIES} | {
     "duo": ("streaming", "duo_heads"),
 }
 # a reader with a form and a place for what it reads from: name -> settings
-_RETRIEVING: dict[str, dict] = {}
+RETRIEVING = {
+    "shadowkv": {"decode": "landmarks", "codec": "lowrank", "tiers": ("device", "host")},
+}
 # every name that ``make_cache`` takes
-METHODS = (*_EVICTING, *READERS, *_RETRIEVING)
+METHODS = (*_EVICTING, *READERS, *RETRIEVING)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class CacheConfig:
         roll: keys are attended as if the kept tokens stood side by side (StreamingLLM), else at the positions they had.
         decode: which pages of what is kept a few queries read, generated tokens and drafts; None for all.
         tiers: where tokens live, fastest first. With more than "device", pages that are older than what the reader needs at hand leave
-            the device: "host" is its memory, pinned where there is an accelerator, "disk" a file. Names, or values of ``kvcache.tiers``
+            the device: "host" is memory of the process, "disk" a file. Names, or values of ``kvcache.tiers``
             that say how many bytes a tier may take.
         codec: what keys become when they leave the device.
     """
@@ -172,17 +174,17 @@ sinks, decay, kernel, pool, reduce, window
         settings = {key: v for key, v in policy.items() if key != "name"} | settings
         policy = policy["name"]
     decode = settings.pop("decode", None)
-    if isinstance(policy, str) and policy in (*READERS, *_RETRIEVING):
+    if isinstance(policy, str) and policy in (*READERS, *RETRIEVING):
         require(decode is None, f"{policy} says how to read, and so does decode=; leave one of them out")
         policy, decode = None, policy
     placed = {key: settings.pop(key) for key in ("tiers", "codec") if key in settings}
-    if isinstance(decode, str) and decode in _RETRIEVING:
-        placed = {**_RETRIEVING[decode], **placed}
+    if isinstance(decode, str) and decode in RETRIEVING:
+        placed = {**RETRIEVING[decode], **placed}
         decode = placed.pop("decode")
     placed["codec"] = _as_codec(placed.get("codec", "plain"), decode, settings)
     if policy is None:
         require(decode is not None, f"name a policy, one of {_listed(_EVICTING)}; or with decode= how to read, one of "
-                f"{_listed((*READERS, *_RETRIEVING))}")
+                f"{_listed((*READERS, *RETRIEVING))}")
         given = settings | ({"budget": budget} if budget is not None else {})
         return CacheConfig(None, None, decode=_as_reader(decode, given), **placed)
     name, kind = (policy, "uniform") if isinstance(policy, str) else (type(policy).__name__, "uniform")

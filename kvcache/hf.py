@@ -26,6 +26,7 @@ from .archive import Archive
 from .budget import Budget
 from .cache import CacheLayer
 from .config import METHODS, CacheConfig, as_config
+from .readers import READERS
 from .report import CacheReport
 from .save import Saved, write
 from .store import Meter
@@ -483,7 +484,8 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk: int,
 
 
 # tokens per KV head where nobody says
-_USUAL = {"streaming": 1028, "locret": 6000, **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "quest", "lrqk"), 2048)}
+_USUAL = {"streaming": 1028, "locret": 6000,
+          **dict.fromkeys(("heavy_hitter", "snapkv", "pyramidkv", "adakv", "tova", "shadowkv", *READERS), 2048)}
 
 
 def _named(name: str, policy: str, doc: str) -> type[KVCache]:
@@ -511,7 +513,17 @@ AdaKVCache = _named("AdaKVCache", "adakv", "SnapKV, more tokens in heads that sp
 TOVACache = _named("TOVACache", "tova", "What the newest token attends to (TOVA, arXiv:2401.06104).")
 LocretCache = _named("LocretCache", "locret", "What trained retaining heads say; needs path= (Locret, arXiv:2410.01805).")
 QuestCache = _named("QuestCache", "quest", "Everything; a step reads the pages that could matter (Quest, arXiv:2406.10774).")
+LandmarksCache = _named("LandmarksCache", "landmarks", "Everything; a step reads pages by their mean key (ShadowKV, arXiv:2410.21465).")
+DoubleSparsityCache = _named("DoubleSparsityCache", "double_sparsity",
+                             "Everything; a step reads tokens by a few channels of their keys (Double Sparsity, arXiv:2408.07092).")
+TokenSelectCache = _named("TokenSelectCache", "token_select",
+                          "Everything; a step reads the tokens that all heads vote for (TokenSelect, arXiv:2411.02886).")
+InfLLMCache = _named("InfLLMCache", "infllm", "Everything; a step reads blocks by a few of their keys (InfLLM, arXiv:2402.04617).")
+QuickLLaMACache = _named("QuickLLaMACache", "quickllama",
+                         "Everything; a step reads blocks that fit it and the prompt's question (QuickLLaMA, arXiv:2406.07528).")
 LRQKCache = _named("LRQKCache", "lrqk", "Everything; a step reads the tokens that a product of low rank finds (LRQK, arXiv:2510.23649).")
+ShadowKVCache = _named("ShadowKVCache", "shadowkv", "Everything, keys as low-rank factors, values in host memory; a step reads the pages whose "
+                       "mean key could matter (ShadowKV, arXiv:2410.21465).")
 
 
 def installer(model: PreTrainedModel, spec) -> Callable[[Cache | None], Cache]:

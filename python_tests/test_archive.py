@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_cache import NEW, PADS, assert_close, generate, prompt
 from test_quest import AllPages
+from test_tiers import open_files
 from test_transformers import FAMILIES, tiny, tokens
 
 import kvcache
 import sparse_attn
 from kvcache.config import CacheConfig
+from kvcache.tiers import Disk, TierError
 from sparse_attn import ContractError
 
 TIERS = [("device", "host"), ("device", "disk"), ("device", {"name": "host", "bytes": 20_000}, "disk")]
@@ -146,6 +148,23 @@ def test_a_full_last_tier_says_so_and_loses_nothing():
         assert cache.report().tiers["host"] <= 30_000
         cache.reset()
         kvcache.prefill(model, ids[:, :40], cache, 20)
+
+
+def test_a_lost_page_stops_the_cache_until_it_is_reset(tmp_path):
+    model, (ids, _) = tiny("Llama"), prompt()
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = spread(model, ("device", Disk(folder=tmp_path)))
+        kvcache.prefill(model, ids[:1], cache, 24)
+        expected = model(ids[:1, :1], past_key_values=cache.fork()).logits
+        (file,) = open_files(tmp_path)
+        os.truncate(f"/proc/self/fd/{file}", 0)
+        with pytest.raises(TierError, match="was truncated, and a page is lost"):
+            model(ids[:1, :1], past_key_values=cache)
+        with pytest.raises(ContractError, match="failed half way"):
+            model(ids[:1, :1], past_key_values=cache)
+        cache.reset()
+        kvcache.prefill(model, ids[:1], cache, 24)
+        assert torch.equal(model(ids[:1, :1], past_key_values=cache).logits, expected)
 
 
 @pytest.mark.parametrize("arguments, sentence", [

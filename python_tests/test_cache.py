@@ -35,6 +35,7 @@ SETTINGS = {
     "infllm": dict(dense_layers=(), page=4, sinks=4, recent=8),
     "quickllama": dict(dense_layers=(), page=4, sinks=4, recent=8, question=8),
     "lrqk": dict(dense_layers=(), rank=4, recent=8),
+    "shadowkv": dict(dense_layers=(), page=4, outliers=2, recent=8, rank=32),
     "duo": dict(full=((False, True), (True, True)), sink=4, recent=12),
 }
 SCORE_FREE = ["streaming", "knorm", "keydiff", "random"]

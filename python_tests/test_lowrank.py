@@ -1,5 +1,7 @@
 """Low-rank keys: what is kept equals a truncated decomposition in float64, however the tokens came, for every way to rotate."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,9 +16,10 @@ from kvcache.codecs import LowRankKeys
 from kvcache.config import CacheConfig, as_config
 from kvcache.store import Meter
 from sparse_attn import ContractError
-from sparse_attn.hf import model_rotations
+from sparse_attn.hf import load, model_rotations, observe
 from sparse_attn.rotary import Rotation
 
+ROOT = Path(__file__).parent.parent
 HEADS, DIM, PAGE = 2, 16, 8
 YARN = dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=10000.0, original_max_position_embeddings=64))
 
@@ -184,6 +187,19 @@ def test_a_basis_of_few_tokens_follows_what_comes():
     assert not factors._grams and counted(factors)
 
 
+def test_a_basis_of_few_tokens_goes_where_its_sequence_goes():
+    k, at = low_rank_keys(100, 6), torch.arange(100)
+    factors = made(9, [(low_rank_keys(90, 9, seed=1), at[:90]), (k[:, :3], at[:3])], None)
+    twin = factors.copy(Meter())
+    factors.select(torch.tensor([1, 1]))
+    for rows in (slice(3, 40), slice(40, 100)):
+        for found, b in ((twin, 1), (factors, 0), (factors, 1)):
+            found.append(b, k[:, rows], at[rows])
+    for found, b in ((twin, 1), (factors, 0), (factors, 1)):
+        assert_close(everything(found, b)[:, 3:], k[:, 3:], 1e-4)
+        assert counted(found)
+
+
 def test_a_sequence_of_a_batch_equals_it_alone():
     rotation, lengths = half_turns(), [90, 31, 200]
     sequences = [(rotated(low_rank_keys(n, 20, seed=n), rotation, torch.arange(n)), torch.arange(n)) for n in lengths]
@@ -263,6 +279,56 @@ def test_a_model_is_dense_at_full_rank_when_all_pages_are_read(family):
     assert archived(cache)
     assert torch.equal(found, expected)
     assert_close(mine, logits, 2e-3)
+
+
+def shadow(model, budget: int = 64, **settings):
+    return kvcache.ShadowKVCache(model, budget, page=4, outliers=2, recent=8, dense_layers=(), **settings)
+
+
+def test_a_cache_of_factors_goes_on_in_a_fork_and_says_that_no_folder_holds_it(tmp_path):
+    """Before it generates, it is saved like any other: test_resume."""
+    model, ids = tiny("Llama", max_position_embeddings=512), tokens(1, 300)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = shadow(model, rank=12)
+        kvcache.prefill(model, ids, cache, 64)
+        for token in range(70):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        fork = cache.fork()
+        assert all(layer.core.archive._fitted for layer in (*cache.layers, *fork.layers))
+        expected, found = (torch.cat([model(torch.tensor([[token]]), past_key_values=c).logits for token in range(20)], 1)
+                           for c in (cache, fork))
+    assert torch.equal(found, expected)
+    with pytest.raises(ContractError, match="layer 0 keeps its older keys as factors since it generated a token"):
+        cache.save(tmp_path / "kv")
+    assert not (tmp_path / "kv").exists()
+
+
+def test_factors_take_the_bytes_that_they_should():
+    """kvcache.md 25.6: rank numbers per token in place of heads times channels, and the basis once."""
+    model, ids, rank = tiny("Llama", max_position_embeddings=2048), tokens(1, 1500), 8
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = shadow(model, rank=rank)
+        kvcache.prefill(model, ids, cache, 256)
+        model(ids[:, :1], past_key_values=cache)
+        for layer in cache.layers:
+            archive, (_, heads, dim) = layer.core.archive, (1, HEADS, DIM)
+            tokens_here, angles = int(archive.tokens[0, 0]), (256 + -(-1500 // 256)) * dim
+            slots = 2 * archive._k.numel()
+            assert archive._factors.n_bytes == (tokens_here * (rank + 1) + heads * dim * rank + angles) * 4
+            assert archive.n_bytes == archive._factors.n_bytes + slots * 4
+
+
+def test_the_model_that_ships_has_few_directions_before_rotation_only():
+    """The claim that the method stands on, in the layer that rotates."""
+    model, _ = load(str(ROOT / "benchmarks" / "needle" / "model"), "cpu", torch.float32)
+    keys, rotations = {}, model_rotations(model, "test")
+    ids = torch.randint(1, model.config.vocab_size, (1, 1024), generator=torch.Generator().manual_seed(0))
+    observe(model, ids, lambda q, kv, ctx: keys.setdefault(ctx.layer, kv.k[0].clone()))
+    for layer, rotation in rotations.items():
+        before, after = (LowRankKeys(16).layer(Meter(), turn) for turn in (rotation, None))
+        for factors in (before, after):
+            factors.fit(lambda layer=layer: iter([(0, keys[layer], torch.arange(1024))]), 1)
+        assert float(before.energy) > 0.99 > 0.9 > float(after.energy)
 
 
 def test_heads_that_kept_different_tokens_are_refused():

@@ -78,7 +78,7 @@ def assert_alike(mine: dict, theirs: dict) -> None:
     before it is read.
     """
     assert mine.keys() == theirs.keys()
-    for name in mine.keys() - {"store", "digest", "read", "_meter", "_turn", "_before"}:
+    for name in mine.keys() - {"store", "digest", "archive", "read", "_meter", "_turn", "_before"}:
         a, b = mine[name], theirs[name]
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), name

@@ -89,7 +89,8 @@ def test_scores_match_float64(backend, case):
 @pytest.mark.parametrize("group, n_q, dim", [(1, 1, 16), (2, 1, 64), (4, 1, 32), (3, 5, 8)])
 def test_runs_of_many_tasks_match_float64_and_threads_change_nothing(backend, group, n_q, dim, soft):
     lengths = torch.tensor([[40000, 0, 37]])
-    q, rows = randn(1, 3 * group, n_q, dim, torch.float32, "plain", 0), randn(1, 1, int(lengths.sum()), dim, torch.float32, "plain", 1)[0, 0]
+    q = randn(1, 3 * group, n_q, dim, torch.float32, "plain", 0)
+    rows = randn(1, 1, int(lengths.sum()), dim, torch.float32, "plain", 1)[0, 0]
     case = dict(q=q, rows=rows, starts=lengths.cumsum(1) - lengths, lengths=lengths, scale=3 * dim**-0.5, soft=soft, reduce="sum",
                 q_first=None, q_last=None)
     threads, found = torch.get_num_threads(), []
@@ -108,8 +109,8 @@ def test_runs_of_many_tasks_match_float64_and_threads_change_nothing(backend, gr
 @op_backends("row_score")
 def test_soft_scores_of_a_query_sum_to_one_and_survive_huge_products(backend):
     q, rows = 100 * randn(2, 4, 1, 32, torch.float32, "plain", 0), 100 * randn(1, 1, 600, 32, torch.float32, "plain", 1)[0, 0]
-    case = dict(q=q, rows=rows, starts=torch.tensor([[0, 200], [300, 500]]), lengths=torch.tensor([[200, 100], [200, 99]]), scale=1.0,
-                soft=True, reduce="sum", q_first=None, q_last=None)
+    case = dict(q=q, rows=rows, starts=torch.tensor([[0, 200], [300, 500]]), lengths=torch.tensor([[200, 100], [200, 99]]),
+                scale=1.0, soft=True, reduce="sum", q_first=None, q_last=None)
     got = run(backend, case)
     for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
         start, length = int(case["starts"][b, h]), int(case["lengths"][b, h])

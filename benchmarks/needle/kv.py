@@ -32,8 +32,13 @@ def figures(cache: Cache, batch: int, turns: list[int], chunk: int | None) -> di
         return dict(kept_tokens=kept, kv_bytes=beside, kv_peak_bytes=beside, kv_formula_bytes=read, kv_formula=ALL)
     report = cache.report()
     formula, tokens = most(cache, turns[0], chunk)
-    return dict(kept_tokens=report.tokens, kv_bytes=report.n_bytes + beside, kv_peak_bytes=report.peak_bytes + beside,
-                kv_formula_bytes=report.formula(tokens / len(report.layers), batch) + beside, kv_formula=formula)
+    found = dict(kept_tokens=report.tokens, kv_bytes=report.n_bytes + beside, kv_peak_bytes=report.peak_bytes + beside,
+                 kv_formula_bytes=report.formula(tokens / len(report.layers), batch) + beside, kv_formula=formula)
+    if cache.kept.decode is not None:
+        found |= dict(step_bytes=report.step_bytes, dense_step_bytes=report.dense_step_bytes)
+    if report.tiers:
+        found |= dict(tier_bytes=report.tiers, moved_bytes=report.moved_bytes, hit_rate=report.hit_rate)
+    return found
 
 
 def most(cache: KVCache, text: int, chunk: int | None) -> tuple[str, int]:

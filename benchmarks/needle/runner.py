@@ -281,7 +281,7 @@ def answer(
     """Greedy answers to prompts of one length, and what reading and writing cost.
 
     Returns:
-        Token ids per prompt, and density, prefill_s, attention_s (its share spent in attention), decode_s, peak_mib, and what
+        Token ids per prompt, and density, prefill_s, attention_s (its share spent in attention), decode_s, decode_steps, peak_mib, and what
         the cache held (``kv.figures``).
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
@@ -307,7 +307,7 @@ def answer(
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             written.append(token)
             ended |= torch.isin(token, torch.tensor(stop, device=token.device))
-        figures |= {"prefill_s": read - began, "decode_s": _clock(model.device) - resumed}
+        figures |= {"prefill_s": read - began, "decode_s": _clock(model.device) - resumed, "decode_steps": len(written) - 1}
     figures |= {"peak_mib": _peak_mib(model.device), **kv.figures(cache, len(prompts), turns, chunk)}
     return [_until_stop(row, stop) for row in torch.cat(written, 1).tolist()], figures
 

@@ -1,5 +1,5 @@
-// Products of a few queries with the rows of runs. A softmax over a run needs all of its products first: they are kept, float32, and
-// met a second time, which reads 4 bytes per row and query head where the row itself has 16 (8 channels) to 256 (128).
+// Products of a few queries with the rows of runs. A softmax over a run needs all of its products first: they are kept, float32,
+// and met a second time, which reads 4 bytes per row and query head where the row itself has 16 (8 channels) to 256 (128).
 #include "row_scan.h"
 
 namespace SA_NAMESPACE {

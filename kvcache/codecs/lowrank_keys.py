@@ -162,8 +162,9 @@ class KeyFactors:
         """Make the basis that keeps most of the keys with this Gram matrix."""
         values, vectors = torch.linalg.eigh(gram)  # ascending
         kept, total = (float(values[i:].clamp(min=0).sum()) for i in (-self._rank, 0))
+        self.energy = self.energy.clone()  # what inference mode made cannot be written outside it
         self.energy[b] = kept / total if total else 1.0
-        self.basis[b] = vectors[:, -self._rank :].flip(-1).mT.unflatten(-1, self.basis.shape[1::2]).transpose(0, 1)
+        self.basis[b] = vectors[:, -self._rank :].mT.unflatten(-1, self.basis.shape[1::2]).transpose(0, 1)
 
     def _project(self, b: int, keys: Tensor, positions: Tensor) -> None:
         """Write the factors of keys at position 0 behind those of the sequence, where there is room."""

@@ -17,7 +17,7 @@ _SEEN = 64
 
 
 class Labels(PageDigest):
-    """The channels of each key that weigh most in its products with queries (Double Sparsity, arXiv:2408.07092, section 3.1).
+    """The channels of each key that weigh most in its products with queries (Double Sparsity, arXiv:2408.07092).
 
     Channels are given, or chosen when a run first holds more tokens than a step reads: those with the largest sum of |q_c k_c| over
     the last 64 queries of every forward so far, q and k of the same token, and over the query heads of the group. They stay then.
@@ -45,7 +45,8 @@ class Labels(PageDigest):
         super().__init__(meter, 1)
 
     def blank(self, k: Tensor) -> dict[str, Tensor]:
-        require(self.width <= k.shape[1], f"labels of {self.width} channels are wider than keys, which have {k.shape[1]}; give {k.shape[1]} or less")
+        require(self.width <= k.shape[1],
+                f"labels of {self.width} channels are wider than keys, which have {k.shape[1]}; give {k.shape[1]} or less")
         return {"label": k.new_empty(0, self.width)}
 
     def update(self, k: Tensor, starts: Tensor, lengths: Tensor) -> None:

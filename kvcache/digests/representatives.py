@@ -13,12 +13,13 @@ from .pages import PageDigest, Rows
 
 
 class Representatives(PageDigest):
-    """One vector per block, from the tokens that received the most attention while the block was recent (InfLLM, arXiv:2402.04617, section 3.2).
+    """One vector per block, from the tokens that received the most attention while the block was recent (InfLLM,
+    arXiv:2402.04617).
 
     Queries give to the keys of their own block and of the ``recent`` tokens before it, whatever chunks they come in; a block is
-    described when the last of these has come. Until then, and where its queries were not seen, because the cache was loaded from a
-    folder, it is described by all of its keys. All KV heads hold the same tokens.
-    Differs from the paper: keys are as they were rotated, and one vector is made per KV head, of the attention of all its query heads.
+    described by its best tokens when the last of these has come, until then by all of them. All KV heads hold the same tokens.
+    Differs from the paper: keys are as they were rotated, and one vector is made per KV head, of the attention of all its query
+    heads.
 
     Args:
         meter: counts the bytes.
@@ -29,20 +30,16 @@ class Representatives(PageDigest):
     Attributes:
         vector: ``[P, D]`` in the dtype of the keys.
         mass: float32 ``[B, Hkv, recent + page]``, attention that each recent token received so far.
+        best: int32 ``[B, Hkv, blocks, count]``, the tokens that represent a block, counted from its first.
         progress: int64 ``[B, 2]`` on the host: tokens whose queries were seen, and blocks described for good.
     """
 
     names = ("vector",)
-    learned = ("mass", "progress")
+    learned = ("mass", "best", "progress")
 
     def __init__(self, meter: Meter, page: int, count: int, recent: int):
         self._count, self._recent = min(count, page), recent
         super().__init__(meter, page)
-
-    def clear(self) -> None:
-        super().clear()
-        for name in ("mass", "progress"):  # of rows that are others now
-            self._hold(name, None)
 
     def recall(self, learned: dict[str, Tensor]) -> None:
         super().recall({name: t.cpu() if name == "progress" else t for name, t in learned.items()})
@@ -53,11 +50,21 @@ class Representatives(PageDigest):
     def describe(self, keys: Tensor, run: Tensor) -> dict[str, Tensor]:
         return {"vector": keys.float().mean(1)}
 
+    def update(self, k: Tensor, starts: Tensor, lengths: Tensor) -> None:
+        made = 0 if self._covered is None else torch.minimum(self._covered, lengths)[:, 0] // self.page
+        super().update(k, starts, lengths)
+        if self.progress is None:
+            return
+        self.progress[:, 1] = self.progress[:, 1].minimum(lengths[:, 0] // self.page)
+        for b, first in enumerate((self.progress[:, 1] * 0 + made).tolist()):
+            self._tell(b, k, starts[b], first, int(self.progress[b, 1]))
+
     def observe(self, queries: Queries, k: Tensor, starts: Tensor, lengths: Tensor) -> None:
         (batch, heads), n_q = starts.shape, queries.q.shape[2]
         if self.mass is None:
             self._hold("mass", zeros(k, batch, heads, self._recent + self.page))
-            self._hold("progress", empty_rows(torch.empty(0, 2, dtype=torch.int64), batch).zero_())
+            self._hold("best", zeros(k, batch, heads, 0, self._count, dtype=torch.int32))
+            self._hold("progress", zeros(torch.empty(0), batch, 2, dtype=torch.int64))
         first = [0] * batch if queries.first is None else queries.first.tolist()
         last = [n_q] * batch if queries.last is None else queries.last.tolist()
         for b in range(batch):
@@ -93,23 +100,34 @@ class Representatives(PageDigest):
         n = to - base
         rows = ((starts + base)[:, None] + torch.arange(n)).to(k.device)
         begin = torch.arange(len(starts), device=k.device)[None] * n
-        mass = ops.key_mass(queries.q[b : b + 1, :, asked], k[rows.flatten()], queries.lse[b : b + 1, :, asked], begin, torch.full_like(begin, n),
-                            queries.scale, queries.softcap, 0, "sum")
+        q, lse = (t[b : b + 1, :, asked] for t in (queries.q, queries.lse))
+        mass = ops.key_mass(q, k[rows.flatten()], lse, begin, torch.full_like(begin, n), queries.scale, queries.softcap, 0, "sum")
         self.mass[b, :, :n] += mass.view(-1, n)
 
     def _leave(self, b: int, k: Tensor, starts: Tensor, seen: int) -> None:
         """Describe the blocks that no query to come gives to, once ``seen`` tokens were."""
         old, base = self._base(seen - 1), self._base(seen)
-        described = int(self.progress[b, 1])
-        for block in range(max(old // self.page, described), base // self.page):
-            tokens = torch.arange(block * self.page, (block + 1) * self.page)
-            keys = k[(starts[:, None] + tokens).to(k.device)].float()
-            best = self.mass[b][:, (tokens - old).to(k.device)].topk(self._count).indices
-            entry = (self.starts[b] + block).to(k.device)
-            self._write(entry, {"vector": keys.gather(1, best[..., None].expand(-1, -1, k.shape[1])).mean(1)})
+        described, whole = int(self.progress[b, 1]), base // self.page
+        if whole > self.best.shape[2]:
+            more = zeros(self.best, len(self.best), len(starts), whole + whole // 4 + 1, self._count, dtype=torch.int32)
+            more[:, :, : self.best.shape[2]] = self.best
+            self._hold("best", more)
+        first = max(old // self.page, described)
+        if first < whole:
+            mass = self.mass[b, :, first * self.page - old : base - old].unflatten(1, (-1, self.page))
+            self.best[b, :, first:whole] = mass.topk(self._count).indices.int()
+            self._tell(b, k, starts, first, whole)
         if base > old:
             self.mass[b] = torch.nn.functional.pad(self.mass[b][:, base - old :], (0, base - old))
-        self.progress[b] = torch.tensor([seen, max(described, base // self.page)])
+        self.progress[b] = torch.tensor([seen, max(described, whole)])
+
+    def _tell(self, b: int, k: Tensor, starts: Tensor, first: int, last: int) -> None:
+        """Describe blocks by their best tokens."""
+        if first >= last:
+            return
+        block = torch.arange(first, last)
+        rows = (starts[:, None] + block * self.page).to(k.device)[..., None] + self.best[b, :, first:last]
+        self._write((self.starts[b][:, None] + block).to(k.device), {"vector": k[rows].float().mean(2)})
 
 
 class Question(Representatives):

@@ -11,7 +11,7 @@ from .pages import PageDigest
 
 
 class Votes(Keys):
-    """Keys, and the last query that chose among them with what it chose (TokenSelect, arXiv:2411.02886, section 3.4).
+    """Keys, and the last query that chose among them with what it chose (TokenSelect, arXiv:2411.02886).
 
     Attributes:
         asked: float32 ``[B, H * D]``, the query; None before.

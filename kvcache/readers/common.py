@@ -44,7 +44,8 @@ class Reader:
         """The budget is for more than what is read in any case: sinks, ``recent``, a query's own page, and ``besides`` tokens."""
         always = (self._sink_pages + -(-self.recent // self.page) + 1) * self.page + besides
         require(self.budget >= always + self.page,
-                f"budget={self.budget} leaves no page to choose, since {always} tokens are read in any case; give {always + self.page} or more")
+                f"budget={self.budget} leaves no page to choose, since {always} tokens are read in any case; give "
+                f"{always + self.page} or more")
 
     @property
     def _sink_pages(self) -> int:
@@ -59,8 +60,8 @@ class Reader:
         """What ``choose`` returns: the first pages, the newest ones, and the best of the others, as the budget allows.
 
         Args:
-            score: makes float32 ``[P]`` of first entry and entries of each run, which are where q is, without the newest ones, so that
-                a token of a draft has no say in what those before it read; asked only if not all are read.
+            score: makes float32 ``[P]`` of first entry and entries of each run, which are where q is, without the newest ones, so
+                that a token of a draft has no say in what those before it read; asked only if not all are read.
             near: tokens before the queries' own that are always read too.
         """
         n_q = q.shape[2]

@@ -19,7 +19,7 @@ from .common import Reader
 
 @dataclass(frozen=True)
 class DoubleSparsity(Reader):
-    """The tokens whose keys fit the query best in the few channels that matter (Double Sparsity, arXiv:2408.07092, section 3).
+    """The tokens whose keys fit the query best in the few channels that matter (Double Sparsity, arXiv:2408.07092).
 
     Which channels those are comes from a file that ``kvcache.channels`` made, as in the paper, or from the prompt itself; see
     ``digests.Labels``.
@@ -28,7 +28,7 @@ class DoubleSparsity(Reader):
 
     Attributes:
         budget: tokens per KV head that a step reads.
-        width: channels of a label; those of the file, where one is given. 16 of 128 is what the paper keeps of 7B models, twice over.
+        width: channels of a label; those of the file, where one is given. The paper's share would be 8 of 128.
         path: JSON file of channels; empty to choose them by the prompt.
         sinks, recent: first and last tokens that are always read, besides the queries' own.
         reduce: how the products of the heads that share keys become one: max, mean or sum.
@@ -64,7 +64,8 @@ class DoubleSparsity(Reader):
         given = torch.tensor(self.channels[layer])
         return Labels(meter, given.shape[1], self.budget, given)
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Labels, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def choose(self, q: Tensor, lengths: Tensor, digest: Labels, first: Tensor | None = None,
+               last: Tensor | None = None) -> Tensor | None:
         """See ``PageReader``."""
 
         def product(starts: Tensor, pages: Tensor) -> Tensor:

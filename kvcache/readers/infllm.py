@@ -17,7 +17,7 @@ from .common import Reader
 
 @dataclass(frozen=True)
 class InfLLM(Reader):
-    """The blocks whose representative keys fit the query best, one list per layer (InfLLM, arXiv:2402.04617, section 3.2).
+    """The blocks whose representative keys fit the query best, one list per layer (InfLLM, arXiv:2402.04617).
 
     Differs from the paper: keys stay at their true positions, where it gives everything older than ``recent`` the same distance; so
     this does not stretch a model's context. Prompts read everything; sinks and recent count towards the budget; a query scores by
@@ -44,9 +44,10 @@ class InfLLM(Reader):
         super().__post_init__()
         self.require_room()
         count = self.representatives
-        require(isinstance(count, int) and not isinstance(count, bool) and count >= 1, f"representatives={count!r} must be 1 or more tokens")
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        require(whole and count >= 1, f"representatives={count!r} must be 1 or more tokens")
         require(self.recent >= self.page and self.recent % self.page == 0,
-                f"recent={self.recent} is not one or more blocks of {self.page} tokens; a block is described when it is no longer recent")
+                f"recent={self.recent} is not one or more blocks of {self.page} tokens, which are described when no longer recent")
 
     def digest(self, meter: Meter, layer: int) -> Representatives:
         """See ``PageReader``."""
@@ -82,13 +83,15 @@ class QuickLLaMA(InfLLM):
         n, weight = self.question, self.question_weight
         require(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= self.recent,
                 f"question={n!r} must be the question's tokens, from 1 to the {self.recent} recent ones")
-        require(isinstance(weight, int | float) and 0 <= weight < float("inf"), f"question_weight={weight!r} must be a number, 0 or more")
+        require(isinstance(weight, int | float) and 0 <= weight < float("inf"),
+                f"question_weight={weight!r} must be a number, 0 or more")
 
     def digest(self, meter: Meter, layer: int) -> Question:
         """See ``PageReader``."""
         return Question(meter, self.page, self.representatives, self.recent, self.question)
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Question, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def choose(self, q: Tensor, lengths: Tensor, digest: Question, first: Tensor | None = None,
+               last: Tensor | None = None) -> Tensor | None:
         """See ``PageReader``."""
 
         def product(starts: Tensor, pages: Tensor) -> Tensor:

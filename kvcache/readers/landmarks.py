@@ -17,13 +17,13 @@ from .common import Reader
 
 @dataclass(frozen=True)
 class Landmarks(Reader):
-    """Small pages by the softmax of the products with their mean keys (ShadowKV, arXiv:2410.21465, section 4.1).
+    """Small pages by the softmax of the products with their mean keys (ShadowKV, arXiv:2410.21465).
 
     The pages whose keys are least alike are read whatever the query: a mean says nothing of them. This is the reader alone; the
     method ``shadowkv`` also keeps keys as low-rank factors and values in host memory.
     Differs from its code: outliers and the newest pages count towards the budget; outliers are looked for among all pages but the
-    newest, generated ones included, and are in the softmax; generated tokens are described and may go unread like any other; several
-    queries are each scored by themselves.
+    newest, generated ones included, and are in the softmax; generated tokens are described and may go unread like any other;
+    several queries are each scored by themselves.
 
     Attributes:
         budget: tokens per KV head that a step reads; whole pages, as many as fit.
@@ -49,12 +49,14 @@ class Landmarks(Reader):
         """See ``PageReader``."""
         return Digest(meter, self.page)
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Digest, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def choose(self, q: Tensor, lengths: Tensor, digest: Digest, first: Tensor | None = None,
+               last: Tensor | None = None) -> Tensor | None:
         """See ``PageReader``."""
 
         def soft(starts: Tensor, pages: Tensor) -> Tensor:
             rank = ops.row_score(q, digest.landmark, starts, pages, q.shape[3] ** -0.5, True, self.reduce, first, last)
-            odd = ops.keep_top(-digest.likeness[:, 0], starts, pages, torch.full_like(pages, self.outliers, dtype=torch.int32), self.outliers)
+            most = torch.full_like(pages, self.outliers, dtype=torch.int32)
+            odd = ops.keep_top(-digest.likeness[:, 0], starts, pages, most, self.outliers)
             # above every share, below what is read in any case
             return rank.index_fill_(0, (starts[..., None] + odd)[odd >= 0], torch.finfo(rank.dtype).max)
 

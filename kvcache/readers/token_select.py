@@ -18,10 +18,10 @@ from .common import Reader, n_real
 
 @dataclass(frozen=True)
 class TokenSelect(Reader):
-    """The tokens that get most of the attention of all heads together, one list per layer (TokenSelect, arXiv:2411.02886, section 3.3).
+    """The tokens that get most of the attention of all heads together, one list per layer (TokenSelect, arXiv:2411.02886).
 
-    Every key is scored exactly: each head's softmax over the candidates, the tokens between ``sinks`` and ``recent``, is its vote. While
-    the query is much like the one that last chose, that choice stands and no key is scored.
+    Every key is scored exactly: each head's softmax over the candidates, the tokens between ``sinks`` and ``recent``, is its vote.
+    While the query is much like the one that last chose, that choice stands and no key is scored.
     Differs from its code: keys stay at their true positions, where it numbers the tokens of a list anew; votes are softmax with the
     scale of attention, which it leaves out; sinks and recent count towards the budget; prompts read everything; several
     queries have the largest of their votes.
@@ -29,7 +29,8 @@ class TokenSelect(Reader):
     Attributes:
         budget: tokens that a step reads.
         sinks, recent: first and last tokens that are always read, besides the queries' own.
-        similar: least cosine similarity, over all heads, of a query to the one that chose, for the choice to stand; above 1 for never.
+        similar: least cosine similarity, over all heads, of a query to the one that chose, for the choice to stand; above 1 for
+            never.
         dense_layers: indices of layers that read everything; the first ones attend too broadly to be cut.
     """
 
@@ -45,13 +46,15 @@ class TokenSelect(Reader):
     def __post_init__(self):
         super().__post_init__()
         self.require_room()
-        require(isinstance(self.similar, int | float) and not isinstance(self.similar, bool), f"similar={self.similar!r} must be a number")
+        number = isinstance(self.similar, int | float) and not isinstance(self.similar, bool)
+        require(number, f"similar={self.similar!r} must be a number")
 
     def digest(self, meter: Meter, layer: int) -> Votes:
         """See ``PageReader``."""
         return Votes(meter, 1)
 
-    def choose(self, q: Tensor, lengths: Tensor, digest: Votes, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
+    def choose(self, q: Tensor, lengths: Tensor, digest: Votes, first: Tensor | None = None,
+               last: Tensor | None = None) -> Tensor | None:
         """See ``PageReader``."""
         real = n_real(q, first, last)
         at = torch.arange(q.shape[2], device=q.device) - (0 if first is None else first[:, None])

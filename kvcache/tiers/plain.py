@@ -1,4 +1,4 @@
-"""The reference of the host engine, ``csrc/host/engine.cpp``: the same behaviour in plain Python, page by page and without threads.
+"""The reference of the host engine, ``csrc/host``: the same behaviour in plain Python, page by page and without threads.
 
 Also what an install without compiler uses. Arrays are numpy's, because both languages can read them as they are.
 """
@@ -23,22 +23,18 @@ _SECTOR = 4096
 
 
 class Fence:
-    """The end of a read: until ``wait`` has returned, its rows may hold anything."""
+    """See ``kvcache.tiers.Fence``; this read is over."""
 
     def __init__(self, error: Exception | None):
         self._error = error
 
     def wait(self) -> None:
-        """Return when all pages are there.
-
-        Raises:
-            TierError: if one does not come back as it was written.
-        """
+        """Raise what went wrong."""
         if self._error is not None:
             raise self._error
 
     def done(self) -> bool:
-        """Whether ``wait`` would return at once."""
+        """Yes."""
         return True
 
 
@@ -157,11 +153,11 @@ class Pool:
 
     Args:
         engine: keeps them.
-        page_bytes: of each.
+        page_bytes: of each; rows say that themselves here.
     """
 
     def __init__(self, engine: Engine, page_bytes: int):
-        self._engine, self._page_bytes = engine, page_bytes
+        self._engine = engine
         self._holders: dict[int, int] | None = {}
 
     def write(self, pages: np.ndarray) -> np.ndarray:
@@ -264,68 +260,6 @@ class Slots:
                     slot[r, i], miss[r, i] = run[name], name in of_new and name not in seen
                     seen.add(name)
         return slot, miss
-
-
-def _open(self) -> Iterator[dict[int, int]]:
-        if self._engine.process != os.getpid():
-            raise errors.forked()
-        with self._engine.lock:
-            if self._holders is None:
-                raise errors.closed()
-            yield self._holders
-
-
-class Slots:
-    """See ``kvcache.tiers.Slots``."""
-
-    def __init__(self, runs: int, slots: int):
-        self._slots, self._runs = slots, [dict() for _ in range(runs)]
-        self.hits = self.misses = 0
-
-    def clear(self) -> None:
-        """Forget what is where."""
-        for run in self._runs:
-            run.clear()
-
-    def want(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 ``[runs, m]`` -> int64 slots and bool misses, alike."""
-        slot, miss = np.full(ids.shape, -1, dtype=np.int64), np.zeros(ids.shape, dtype=bool)
-        wanted = [list(dict.fromkeys(name for name in row if name >= 0)) for row in ids.tolist()]
-        most = max(map(len, wanted), default=0)
-        if most > self._slots:
-            raise errors.too_many(most, self._slots)
-        for r, (run, names) in enumerate(zip(self._runs, wanted)):
-            new = [name for name in names if name not in run]
-            self.hits += len(names) - len(new)
-            self.misses += len(new)
-            # a run is name -> slot, the longest unwanted first
-            unused = sorted(set(range(self._slots)) - set(run.values()))
-            unwanted = [name for name in run if name not in set(names)]
-            places = unused + [run[name] for name in unwanted]
-            for name in unwanted[: max(0, len(new) - len(unused))]:
-                del run[name]
-            of_new = dict(zip(new, places))
-            for name in names:
-                run[name] = run.pop(name, None) if name not in of_new else of_new[name]
-            seen = set()
-            for i, name in enumerate(ids[r].tolist()):
-                if name >= 0:
-                    slot[r, i], miss[r, i] = run[name], name in of_new and name not in seen
-                    seen.add(name)
-        return slot, miss
-
-
-def full(tier: str, held: int, limit: int, more: int) -> str:
-    """The sentence of a full last tier."""
-    below = "add the tier 'disk', " if tier == "host" else ""
-    return (f"the {tier} tier holds {held:,} of at most {limit:,} bytes and cannot take {more:,} more; raise its bytes=, {below}or cache fewer "
-            "tokens; nothing that it holds is lost")
-
-
-def unwritten(folder: str, why: str, more: int) -> str:
-    """The sentence of a disk that is fuller than its limit says."""
-    return (f"the disk tier cannot write {more:,} bytes to {folder}: {why}; make room there, or give Disk another folder; nothing that it "
-            "holds is lost")
 
 
 def _open(folder: str):

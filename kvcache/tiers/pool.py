@@ -7,6 +7,7 @@ size. There are two backends with the same behaviour: the C++ engine, and ``plai
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class Pools:
         """The pool of pages of so many bytes; always the same one."""
         require(isinstance(page_bytes, int) and page_bytes >= 1, f"page_bytes={page_bytes!r} must be 1 or more")
         if page_bytes not in self._pools:
-            self._pools[page_bytes] = Pool(self._backend.Pool(self._engine, page_bytes), page_bytes)
+            # of two threads that come first at once, one gets the other's
+            self._pools.setdefault(page_bytes, Pool(self._backend.Pool(self._engine, page_bytes), page_bytes))
         return self._pools[page_bytes]
 
     def counts(self) -> dict:
@@ -99,7 +101,7 @@ class Pool:
                 f"pages {list(pages.shape)} of {pages.dtype} are not rows of {self.page_bytes} bytes; give one row per page")
         return torch.from_numpy(self._pool.write(rows.numpy()))
 
-    def read(self, ids: Tensor, out: Tensor, slots: Tensor) -> plain.Fence:
+    def read(self, ids: Tensor, out: Tensor, slots: Tensor) -> Fence:
         """Begin to read the pages ``ids`` into the rows ``slots`` of ``out``; a prefetch is a read that is waited for later.
 
         Pages may be released meanwhile. A fence that is thrown away waits first. Pages for a GPU are gathered in pinned memory and go
@@ -147,10 +149,26 @@ class Pool:
         return rows.view(-1, self.page_bytes)
 
 
+class Fence(Protocol):
+    """The end of a read: until ``wait`` has returned, the rows that it reads into may hold anything."""
+
+    def wait(self) -> None:
+        """Return when all pages are there.
+
+        Raises:
+            TierError: if one does not come back as it was written.
+        """
+        ...
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
+
 class _Landing:
     """A fence whose pages have another step to go, to the device."""
 
-    def __init__(self, fence: plain.Fence, staged: Tensor, rows: Tensor, slots: Tensor):
+    def __init__(self, fence: Fence, staged: Tensor, rows: Tensor, slots: Tensor):
         self._fence, self._copy = fence, (staged, rows, slots)
 
     def wait(self) -> None:

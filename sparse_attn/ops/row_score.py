@@ -28,13 +28,13 @@ def row_score(
     Per query head a row's score is its largest over the real queries, then reduced over the heads of the group, so that one list
     serves them all. Products of different heads have different sizes; ``soft`` makes each query's a softmax over its run first,
     so that every head has the same say.
-    Source: landmarks of ShadowKV (arXiv:2410.21465, section 4.1), which are soft and reduced by max; the soft vote of TokenSelect
-    (arXiv:2411.02886, section 3.3), reduced by sum; the labels of Double Sparsity (arXiv:2408.07092, algorithm 1).
+    Source: landmarks of ShadowKV (arXiv:2410.21465), which are soft and reduced by max; the soft vote of TokenSelect
+    (arXiv:2411.02886), reduced by sum; the labels of Double Sparsity (arXiv:2408.07092).
 
     Args:
         q: ``[B, H, Nq, D]``; bfloat16, float16 or float32, any strides. Made for few queries, right for any number.
         rows: ``[P, D]`` in q's dtype, contiguous in the last dimension; any D.
-        starts: int64 ``[B, Hkv]`` first row of each run; Hkv divides H. See ``ops/runs.py``: any row may be scored by any query here.
+        starts: int64 ``[B, Hkv]`` first row of each run; Hkv divides H. See ``ops/runs.py``, but every query meets all rows.
         lengths: int64 ``[B, Hkv]`` rows of each run.
         scale: products are multiplied with it, which matters only where they are soft.
         soft: whether a query's products become its softmax over the run.
