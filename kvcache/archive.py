@@ -46,14 +46,6 @@ class _Pages:
     values: Tensor
     positions: Tensor
 
-    # a prompt may be read in inference mode, and what follows outside of it writes to these
-    @classmethod
-    @torch.inference_mode(False)
-    def none(cls, batch: int, heads: int, page: int) -> _Pages:
-        ids, positions = torch.zeros(batch, heads, 0, dtype=torch.int64), torch.zeros(batch, heads, 0, page, dtype=torch.int32)
-        return cls(ids, ids, positions)
-
-    @torch.inference_mode(False)
     def grow(self, room: int) -> None:
         """See that ``room`` pages of each run fit."""
         missing = room - self.keys.shape[2]
@@ -64,7 +56,6 @@ class _Pages:
                     t = getattr(self, name)
                     setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
 
-    @torch.inference_mode(False)
     def of(self, sequences: Tensor) -> _Pages:
         with torch.inference_mode(False):
             return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
@@ -99,7 +90,7 @@ class Archive:
 
     def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyForm | None = None):
         self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
-        self.wanted = self.missed = self.moved = 0
+        self.wanted = self.missed = 0
         self._blank()
 
     def _blank(self) -> None:
@@ -107,6 +98,8 @@ class Archive:
         self._at: _Pages | None = None
         self._fitted = False
         self._slots: Slots | None = None
+        self._coming: Fetch | None = None  # the last one
+        self.moved = 0
         self._k = self._v = None  # [B * Hkv * slots * page, D], the slots
         self._like: tuple[Tensor, Tensor] | None = None  # rows of k and v, none of them
         self._keys = self._values = None  # pools
@@ -166,19 +159,21 @@ class Archive:
         if not bool(n.any()):
             return
         if self.pages is None:
-            self._like = tuple(empty_rows(t, 0) for t in (store.k, store.v))  # a view would keep the rows of today
+            self._like = empty_rows(store.k, 0), empty_rows(store.v, 0)  # a view would keep the rows of today
             self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size()) for t in self._like)
-            self.pages, self._at = torch.zeros_like(n), _Pages.none(*n.shape, self.page)
+            self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
+            self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
+                              torch.zeros((*shape, self.page), dtype=torch.int32))
         rows = store.rows_of(store.starts, n * self.page)
         count = len(rows) // self.page
         values = self._values.write(store.v[rows].reshape(count, -1).cpu())
         try:
             keys = None if self._fitted else self._keys.write(store.k[rows].reshape(count, -1).cpu())
+            if self._fitted:
+                self._append_factors(store, n)
         except Exception:
             self._values.release(values)
             raise
-        if self._fitted:
-            self._append_factors(store, n)
         self._at.grow(int((self.pages + n).max()))
         slot = torch.arange(self._at.keys.shape[2])
         new = (slot >= self.pages[..., None]) & (slot < (self.pages + n)[..., None])
@@ -216,7 +211,10 @@ class Archive:
     def fetch(self, chosen: Tensor) -> Fetch:
         """Begin to bring pages (int32 ``[B, Hkv, P]`` numbers, each once per run, -1 for none) to the slots."""
         batch, heads, m = chosen.shape
+        if self._coming is not None and not self._coming.landed:  # its pages are not where the slots say
+            self._drop_slots()
         self._make_slots(batch * heads, m)
+        self._coming = Fetch(None, [])
         wanted = chosen.cpu().long().view(-1, m)
         slot, miss = self._slots.want(wanted)
         at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
@@ -231,7 +229,8 @@ class Archive:
         self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         counts = torch.where(wanted < 0, 0, self.page).int()
         region = Region(self._k, self._v, *(t.view(batch, heads, m).to(chosen.device) for t in (at * self.page, counts)), own=False)
-        return Fetch(region, fences)
+        self._coming = Fetch(region, fences)
+        return self._coming
 
     def parts(self) -> Iterator[Part]:
         """Everything, in order, a piece at a time; the next one takes the memory of the one before."""
@@ -241,6 +240,7 @@ class Archive:
     def regions(self) -> Iterator[Region]:
         """The same, as pages."""
         batch, heads = self.pages.shape
+        self.moved = int(self.pages.sum()) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         for piece in self._pieces():
             count, n, _ = piece.k.shape
             starts, counts = torch.zeros(batch, heads, 1, dtype=torch.int64), torch.zeros(batch, heads, 1, dtype=torch.int32)
@@ -343,17 +343,19 @@ class Archive:
             self._keys.hold(self._at.keys[here])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Fetch:
-    """Pages on their way to the slots."""
+    """Pages on their way to the slots; ``landed`` once they are there, and not if one was lost or nobody waited."""
 
-    region: Region
+    region: Region | None
     fences: list[Fence]
+    landed: bool = False
 
     def wait(self) -> Region:
         """Where they are, once they are there."""
         for fence in self.fences:
             fence.wait()
+        self.landed = True
         return self.region
 
 
