@@ -269,7 +269,7 @@ class KVCache(Cache):
         if rotates or config.codec.unrotates:
             require(isinstance(model, PreTrainedModel),
                     f"{wanted_by} needs the model, not its config: its rotary embedding turns the keys")
-            turns = model_rotations(model, wanted_by)
+            turns = model_rotations(model, wanted_by, none=not rotates)
         if isinstance(model, PreTrainedModel) and hasattr(config.policy, "require_model"):  # trained or measured for one
             config.policy.require_model(model_id(model))
         layers = DynamicCache(config=text).layers

@@ -26,19 +26,21 @@ def tables(rows: int, step: int, pairs: int) -> torch.Tensor:
 def rebuild_cases(draw) -> dict:
     """Arguments of lowrank_keys by name; tables in float64."""
     batch, kv_heads, pages = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 5))
-    dim, rank, tokens = draw(st.sampled_from([16, 24, 64, 80, 128])), draw(st.sampled_from([1, 7, 24, 40])), draw(st.integers(1, 60))
-    pairs, dtype, seed = draw(st.sampled_from([dim // 2, dim // 2, dim // 4, 0])), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
+    dim, rank = draw(st.sampled_from([16, 24, 64, 80, 128])), draw(st.sampled_from([1, 7, 24, 40]))
+    pairs, tokens = draw(st.sampled_from([dim // 2, dim // 2, dim // 4, 0])), draw(st.integers(1, 60))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
     each = st.integers(0, draw(st.sampled_from([1, 8, 60])))
     counts = torch.tensor([min(draw(each), tokens) for _ in range(batch * kv_heads * pages)], dtype=torch.int32)
     starts = torch.tensor([draw(st.integers(0, tokens - n)) for n in counts.tolist()], dtype=torch.int64)
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
     targets = torch.zeros_like(starts)
     targets[order] = (counts[order] + 1).long().cumsum(0) - counts[order]  # one row between two pages that nobody writes
+    layout = draw(st.sampled_from(["plain", "tokens_first", "sliced", "dim_strided"]))
     shape, n_near = (batch, kv_heads, pages), draw(st.sampled_from([1, 16, 64]))
     return dict(
         rows=torch.full((int(counts.sum()) + len(counts) + 2, dim), 7.0, dtype=dtype),
         factors=randn(1, 1, tokens, rank, dtype, draw(st.sampled_from(["plain", "sliced"])), seed)[0, 0],
-        basis=randn(batch, kv_heads, rank, dim, dtype, draw(st.sampled_from(["plain", "tokens_first", "sliced", "dim_strided"])), seed + 1),
+        basis=randn(batch, kv_heads, rank, dim, dtype, layout, seed + 1),
         starts=starts.view(shape), counts=counts.view(shape), targets=targets.view(shape),
         positions=torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:tokens].int(),
         far=tables(-(-1000 // n_near), n_near, pairs), near=tables(n_near, 1, pairs), interleaved=draw(st.booleans()),
@@ -108,9 +110,9 @@ def test_many_rows_are_as_good_as_torch_and_threads_change_nothing(backend, dtyp
 
 def plain(**changes) -> tuple:
     """Two heads, two pages of 3 tokens, rank 4, 8 channels, 2 pairs that turn."""
-    case = dict(rows=torch.zeros(20, 8), factors=torch.ones(10, 4), basis=torch.ones(1, 2, 4, 8), starts=torch.tensor([[[0, 3], [6, 7]]]),
-                counts=torch.tensor([[[3, 3], [1, 3]]]).int(), targets=torch.tensor([[[0, 3], [6, 17]]]), positions=torch.arange(10).int(),
-                far=torch.ones(5, 2, 2), near=torch.ones(2, 2, 2), interleaved=False)
+    case = dict(rows=torch.zeros(20, 8), factors=torch.ones(10, 4), basis=torch.ones(1, 2, 4, 8), positions=torch.arange(10).int(),
+                starts=torch.tensor([[[0, 3], [6, 7]]]), counts=torch.tensor([[[3, 3], [1, 3]]]).int(),
+                targets=torch.tensor([[[0, 3], [6, 17]]]), far=torch.ones(5, 2, 2), near=torch.ones(2, 2, 2), interleaved=False)
     return tuple((case | changes)[name] for name in NAMES)
 
 

@@ -5,7 +5,6 @@ import torch
 
 import kvcache
 import sparse_attn
-from kvcache.channels import calibrate_channels, read_channels, write_channels
 from sparse_attn import ContractError
 
 transformers = pytest.importorskip("transformers")
@@ -100,28 +99,3 @@ def test_keys_that_have_left_the_device_are_found_as_if_they_were_there(name):
 def test_keys_that_are_all_scored_stay_on_the_device():
     with pytest.raises(ContractError, match="scores every key exactly, so keys cannot leave the device"):
         cache_of(tiny("Llama"), "token_select", tiers=("device", "host"))
-
-
-def test_channels_are_measured_on_texts(tmp_path):
-    model = tiny("Llama")
-    found = calibrate_channels(model, [tokens(1, 50), tokens(1, 70)], 4)
-    assert all(channels == sorted(set(channels)) and len(channels) == 4 for heads in found.values() for channels in heads)
-    seen = {}
-
-    def look(q, kv, ctx):
-        k = kv.fetch()[0]
-        product = (q.unflatten(1, (k.shape[1], -1)) * k[:, :, None]).abs().mean(2)
-        seen[ctx.layer] = seen.get(ctx.layer, 0) + product.sum((0, 2))
-
-    for ids in (tokens(1, 50), tokens(1, 70)):
-        sparse_attn.hf.observe(model, ids, look)
-    assert found == {layer: weight.topk(4).indices.sort().values.tolist() for layer, weight in seen.items()}
-    write_channels(tmp_path / "channels.json", found)
-    assert read_channels(tmp_path / "channels.json") == found
-    with sparse_attn.patch(model, prefill="dense"):
-        cache = kvcache.make_cache(model, "double_sparsity", 40, path=str(tmp_path / "channels.json"), recent=8, dense_layers=())
-        generate(model, cache, *prompt())
-        assert all(layer.core.digest.channels[0].tolist() == found[i] for i, layer in enumerate(cache.layers))
-    for arguments, sentence in (((model, []), "there is no text"), ((model, [tokens(1, 9)], 99), "width=99 is not between 1 and")):
-        with pytest.raises(ContractError, match=sentence):
-            calibrate_channels(*arguments)

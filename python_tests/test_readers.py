@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 import kvcache
 from kvcache import READERS
 from kvcache.cache import CacheLayer
-from kvcache.channels import read_channels, write_channels
 from kvcache.config import CacheConfig
-from kvcache.digests import Labels, Question, Representatives
+from kvcache.digests import Labels, Question
 from kvcache.store import Meter, Store
 from sparse_attn import ContractError
 from sparse_attn.kept import Queries, attend_kept
@@ -318,6 +317,23 @@ def test_what_is_taken_back_from_infllm_leaves_no_trace_but_attention(back):
     torch.testing.assert_close(digests[0].mass, digests[1].mass, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_that_were_taken_back_are_described_anew():
+    q, k, v = text(120, 2)
+    core = layer_of(small("infllm", budget=400))
+    told(core, q, k, v)
+    digest = core.digest
+    assert digest.progress[:, 1].tolist() == [13, 13]
+    before = [digest.vector[start : start + 7].clone() for start in digest.starts.flatten()]
+    core.crop(60)
+    new = list(text(5, 2, seed=1))
+    told(core, *new)
+    keys = torch.cat([k[:, :, :60], new[1]], 2).flatten(0, 1)
+    for start, old, run in zip(digest.starts.flatten(), before, keys):
+        torch.testing.assert_close(digest.vector[start : start + 7], old)
+        torch.testing.assert_close(digest.vector[start + 7 : start + 9], torch.stack([run[56:64].mean(0), run[64:].mean(0)]))
+    assert digest.progress.tolist() == [[65, 7]] * 2
+
+
 # -- double_sparsity ------------------------------------------------------------------------------------------------------
 
 
@@ -342,28 +358,17 @@ def test_online_channels_are_those_that_weigh_most_and_stay():
     assert core.digest.channels[0].tolist() == list(heavy.values()) and (core.digest.channels[1] >= 0).all()
 
 
-def test_channels_of_a_file_are_used_and_bad_ones_told(tmp_path):
-    path = tmp_path / "channels.json"
-    write_channels(path, {5: [[1, 5, 6], [0, 9, 15]]})
-    core = layer_of(small("double_sparsity", path=str(path)))
-    q, k, v = text(100)
-    told(core, q, k, v)
-    assert core.digest.label.shape[1] == 3 and core.digest.channels[0].tolist() == [[1, 5, 6], [0, 9, 15]]
-    start = int(core.digest.starts[0, 1])
-    assert torch.equal(core.digest.label[start : start + 100], k[0, 1][:, [0, 9, 15]])
-    with pytest.raises(ContractError, match="have none of layer 4; measure this model"):
-        CacheLayer(CacheConfig(None, None, decode=small("double_sparsity", path=str(path))), 4, 6, Meter())
-    with pytest.raises(ContractError, match="channels are given for 2 KV heads, but the layer has 1"):
-        told(layer_of(small("double_sparsity", path=str(path))), q, k[:, :1], v[:, :1])
-    with pytest.raises(ContractError, match="channel 15 is given, but keys have 12"):
-        told(layer_of(small("double_sparsity", path=str(path))), *(x[..., :12] for x in (q, k, v)))
-    for bad, sentence in (("{", "cannot be read"), ("[1]", "cannot be read"), ('{"0": [[2, 1]]}', "layer 0 has no list of asc"),
-                          ('{"0": [[1, 2], [3]]}', "cannot be read"), ('{"0": []}', "layer 0 has no list")):
-        path.write_text(bad)
-        with pytest.raises(ContractError, match=sentence):
-            read_channels(path)
-    with pytest.raises(ContractError, match="nowhere.json cannot be read"):
-        READERS["double_sparsity"](path="nowhere.json")
+def test_what_a_channel_weighs_is_counted_over_the_last_queries_of_every_forward():
+    q, k, v = text(200, 2)
+    core = layer_of(small("double_sparsity", budget=400))
+    told(core, q, k, v, chunk=100, first=torch.tensor([0, 170], dtype=torch.int32))
+    new = list(text(30, 2, seed=1))
+    first, last = (torch.tensor(bound, dtype=torch.int32) for bound in ([0, 11], [30, 27]))
+    forward(core, *new, first, last)
+    product = (q.unflatten(1, (2, 2)).abs().mean(2) * k.abs()), (new[0].unflatten(1, (2, 2)).abs().mean(2) * new[1].abs())
+    for b, tokens in enumerate(([*range(36, 100), *range(136, 200)], range(170, 200))):
+        expected = product[0][b][:, list(tokens)].sum(1) + product[1][b][:, first[b] : last[b]].sum(1)
+        torch.testing.assert_close(core.digest.weight[b], expected)
 
 
 # -- token_select ---------------------------------------------------------------------------------------------------------
@@ -387,6 +392,19 @@ def test_a_choice_stands_while_queries_are_alike():
     assert found[0][0] == set(range(4)) | middle[0] | set(range(296, 305)) and len(found[0][0]) == 40
     core.crop(3)
     assert core.digest.asked is None
+
+
+def test_a_choice_does_not_stand_by_small_steps():
+    """Each query is like the one before, but at last not like the one that chose."""
+    core = layer_of(small("token_select"))
+    told(core, *text(300))
+    a, b = (torch.nn.functional.normalize(x.flatten(1), dim=1).view_as(x) for x in (torch.randn(1, 4, 1, 16), torch.randn(1, 4, 1, 16)))
+    scanned = []
+    for angle in (0.0, 0.3, 0.6, 0.9):
+        _, k, v = text(1)
+        forward(core, a * math.cos(angle) + (b - (a * b).sum() * a) * math.sin(angle), k, v)
+        scanned.append(core.digest.scan_bytes() > 0)
+    assert scanned == [True, False, True, False]
 
 
 def test_votes_are_the_attention_of_all_heads():

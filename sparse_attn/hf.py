@@ -459,11 +459,14 @@ def runs_ours(config) -> bool:
     return config._attn_implementation in (PATCHED, *PATTERNS)
 
 
-def model_rotations(model: PreTrainedModel, wanted_by: str) -> dict[int, Rotation]:
-    """How each attention layer of a model rotates, by layer; raises ContractError, naming ``wanted_by``, where that cannot be repeated."""
+def model_rotations(model: PreTrainedModel, wanted_by: str, none: bool = False) -> dict[int, Rotation]:
+    """How each attention layer of a model rotates, by layer; raises ContractError, naming ``wanted_by``, where that cannot be repeated.
+
+    A model none of whose layers rotates and sees all keys is refused too, unless ``none``.
+    """
     tower = _text_model(model)
     modules = _attention_of(tower)
-    return {layer_of(modules[name]): rotation for name, rotation in rotations(tower, modules, wanted_by).items()}
+    return {layer_of(modules[name]): rotation for name, rotation in rotations(tower, modules, wanted_by, none).items()}
 
 
 def model_id(model: PreTrainedModel) -> ModelId:

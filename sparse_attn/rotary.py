@@ -50,7 +50,7 @@ class Rotation:
         return (moved if self.width is None else torch.cat([moved, wide[..., self.width :]], -1)).to(x.dtype)
 
     def pairs(self, dim: int) -> tuple[int, bool] | None:
-        """Which of ``dim`` channels turn together: how many pairs, and whether they are interleaved as ``ops.lowrank_keys`` means it.
+        """Which of ``dim`` channels turn together: how many pairs, and whether they are interleaved (``ops.lowrank_keys``).
 
         None where ``move`` turns them in some other way. Found by trying, because families differ in what their tables hold.
         """
@@ -64,7 +64,7 @@ class Rotation:
         return None
 
     def turns(self, positions: Tensor, dim: int, pairs: int, interleaved: bool) -> Tensor:
-        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from position 0 to ``positions`` (int64 ``[N]``)."""
+        """float32 ``[N, 2, pairs]``: cosines and sines by which ``move`` turns each pair from 0 to ``positions`` (int64)."""
         one = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
         other = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
         x = torch.zeros(1, 1, len(positions), dim)
@@ -85,10 +85,13 @@ class Rotation:
             return False
 
 
-def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wanted_by: str = "dual_chunk") -> dict[str, Rotation]:
+def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wanted_by: str = "dual_chunk",
+              none: bool = False) -> dict[str, Rotation]:
     """The rotation of every attention module that rotates and sees all keys; layers without RoPE or with a window are left out.
 
-    ``wanted_by`` is the option that an error names.
+    Args:
+        wanted_by: the option that an error names.
+        none: whether there may be no such layer.
 
     Raises:
         ContractError: if the model's rotation cannot be repeated.
@@ -110,7 +113,7 @@ def rotations(tower: torch.nn.Module, modules: dict[str, torch.nn.Module], wante
             refusal = f"{type(module).__name__} rotates in a way that cannot be repeated"
             break
         found[name] = fits[0]
-    if refusal is None and not found:
+    if refusal is None and not found and not none:
         refusal = "no layer of it has both rotary positions and full attention"
     if refusal is not None:
         raise ContractError(f"{wanted_by} cannot serve {type(tower).__name__}: {refusal}; leave it out")

@@ -31,10 +31,10 @@ Pieces = Callable[[], Iterator[tuple[int, Tensor, Tensor]]]
 class LowRankKeys:
     """The keys of a token, un-rotated, all KV heads side by side, as ``rank`` numbers in the basis that keeps most of them.
 
-    ShadowKV, arXiv:2410.21465, sections 3.1 and 4.1: keys before rotation have few directions. Differs from the paper: the basis comes
-    from the eigenvectors of the Gram matrix of the keys, added up a piece at a time, not from a singular value decomposition
-    of all keys at once, which is the same subspace without their memory; the factors are the keys' coordinates in it, so tokens that
-    come later are projected, any number of them, where the paper keeps them whole.
+    ShadowKV, arXiv:2410.21465, sections 3.1 and 4.1: keys before rotation have few directions. Differs from the paper: the
+    basis comes from the eigenvectors of the Gram matrix of the keys, added up a piece at a time, not from a singular value
+    decomposition of all keys at once, which is the same subspace but more memory; the factors are the keys' coordinates in it, so
+    tokens that come later are projected, any number of them, where the paper keeps them whole.
 
     Attributes:
         rank: numbers per token and layer; the paper's 160 are for 8 heads of 128 channels.
@@ -56,8 +56,8 @@ class LowRankKeys:
 class KeyFactors:
     """The keys of one layer as ``LowRankKeys`` keeps them.
 
-    Factors and basis are of the keys' dtype. In bfloat16 their rounding costs 0.2% of a key (rms), which is what the rounding of the key
-    itself costs, and less than any rank leaves out that is worth having; float32 would double the bytes per token.
+    Factors and basis are of the keys' dtype. In bfloat16 their rounding costs 0.2% of a key (rms), which is what the rounding of
+    the key itself costs, and less than any rank leaves out that is worth having; float32 would double the bytes per token.
 
     Args:
         rank: numbers per token.
@@ -109,10 +109,11 @@ class KeyFactors:
             counts[b] += k.shape[1]
         require(k is not None, "there is no token to make a basis from; fit() comes once there are some")
         heads, _, dim = k.shape
-        require(self._rank <= heads * dim, f"rank={self._rank} is above the {heads * dim} channels of all KV heads together ({heads} of "
-                f"{dim}); use that or less")
+        require(self._rank <= heads * dim,
+                f"rank={self._rank} is above the {heads * dim} channels of all KV heads ({heads} of {dim}); use that or less")
         self._hold("basis", empty_rows(k.new_empty(0, heads, self._rank, dim), batch))
-        self.energy, self.lengths, self._fitted = torch.ones(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.int64), counts
+        self.energy, self.lengths = torch.ones(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.int64)
+        self._fitted = counts
         none = torch.zeros_like(next(iter(grams.values())))
         for b in range(batch):
             self._learn(b, grams.setdefault(b, none))
@@ -131,7 +132,8 @@ class KeyFactors:
         require(self.basis is not None, "there is no basis yet to append to; fit() comes first")
         batch, heads, _, dim = self.basis.shape
         require(0 <= b < batch, f"there is no sequence {b} among the {batch} that were fitted")
-        require((k.shape[0], k.shape[2]) == (heads, dim), f"k is {list(k.shape)}, not [{heads}, n, {dim}] as it was when the basis was made")
+        require((k.shape[0], k.shape[2]) == (heads, dim),
+                f"k is {list(k.shape)}, not [{heads}, n, {dim}] as it was when the basis was made")
         keys, length = self._at_zero(k, positions), int(self.lengths[b]) + k.shape[1]
         if length > int(self._room[b]):
             wanted = self.lengths.clone()
@@ -146,7 +148,7 @@ class KeyFactors:
     def _refit(self, b: int, length: int) -> None:
         """A basis of few tokens may miss what later ones need: make it anew, and say the factors so far in it.
 
-        What an older basis missed of the tokens that came between two is lost; the Gram matrix has it, so later ones lose it no more.
+        What the older basis missed of the tokens since is lost; the Gram matrix has it, so later ones lose it no more.
         """
         before = self.basis[b].clone()
         self._learn(b, self._grams[b])
@@ -178,7 +180,8 @@ class KeyFactors:
     def _at_zero(self, k: Tensor, positions: Tensor) -> Tensor:
         """float32 ``[Hkv, n, D]`` as if rotated for position 0: an attention factor in the model's tables stays."""
         require(k.dim() == 3 and tuple(positions.shape) == (k.shape[1],),
-                f"k must be [Hkv, n, D] and positions [n], the same tokens for all KV heads, got {list(k.shape)} and {list(positions.shape)}")
+                f"k must be [Hkv, n, D] and positions [n], the same tokens for all KV heads, got {list(k.shape)} and "
+                f"{list(positions.shape)}")
         if self._turn is None:
             self._hold("_turn", _Turn.of(self._rotation, k.shape[2], k.device))
         if positions.numel():
@@ -199,7 +202,8 @@ class KeyFactors:
         require(self.basis is not None, "there are no keys yet to rebuild; fit() comes first")
         first, lengths = pages.cpu().long() * page, self.lengths[:, None, None]
         beyond = (first >= lengths).nonzero()
-        require(not len(beyond), f"sequences have {self.lengths.tolist()} tokens, and pages of {page} were asked for that lie behind them")
+        require(not len(beyond),
+                f"sequences have {self.lengths.tolist()} tokens, and pages of {page} were asked for that lie behind them")
         counts = (lengths - first).clamp(max=page).masked_fill(first < 0, 0).int()
         starts = (self.starts[:, None, None] + first).where(first >= 0, 0)
         on_device = (t.to(out.device) for t in (starts, counts, targets))
@@ -248,7 +252,7 @@ class KeyFactors:
         setattr(self, name, held)
 
     def _lay_out(self, room: Tensor, runs: list[tuple[int, int]], source: KeyFactors | None = None) -> None:
-        """Move the rows of ``runs`` (first and number) to new memory of ``room`` rows each, one tensor at a time; of self unless told."""
+        """Move the rows of ``runs`` (first and number) of ``source``, or self, to new memory of ``room`` rows each."""
         like, bases = self.basis.new_empty(0, self._rank), side_by_side(room)
         for name, blank in (("factors", like), ("positions", like.new_empty(0, dtype=torch.int32))):
             old, new = getattr(source or self, name), empty_rows(blank, int(room.sum()))
@@ -280,8 +284,8 @@ class _Turn:
     def of(cls, rotation: Rotation | None, dim: int, device: torch.device) -> _Turn:
         pairs = (0, False) if rotation is None else rotation.pairs(dim)
         if pairs is None:
-            warnings.warn("the lowrank codec does not know how this model lays out the pairs that rotate, and has the model's own function "
-                          "rotate the keys that it rebuilds, which is slower", stacklevel=2)
+            warnings.warn("the lowrank codec does not know how this model lays out the pairs that rotate, and has the model's own "
+                          "function rotate the keys that it rebuilds, which is slower", stacklevel=2)
         if not pairs or not pairs[0]:
             return cls(rotation, pairs, *torch.empty(2, 1, 2, 0, device=device))
         far, near = (rotation.turns(torch.arange(n), dim, *pairs).to(device) for n in (1, _NEAR))

@@ -12,7 +12,7 @@ from .registry import op
 
 
 def turned(x: Tensor, turns: Tensor, interleaved: bool) -> Tensor:
-    """``x`` ``[..., D]`` with its first ``2 R`` channels rotated, pair i by the angle whose cosine and sine are ``turns[..., :, i]``.
+    """``x`` ``[..., D]`` with its first ``2 R`` channels rotated, pair i by the angle of ``turns[..., :, i]``.
 
     Args:
         turns: ``[..., 2, R]``, cosines and then sines, in x's dtype.
@@ -47,8 +47,9 @@ def lowrank_keys(
     """Write ``factors[t] @ basis[b, h]``, rotated to ``positions[t]``, for the tokens t of chosen pages, into ``rows``.
 
     Keys before rotation are close to few directions, those after are not; so they are kept as factors that all KV heads of a token
-    share, and rotated when they are read. The angles of a position are those of ``far``, where the nearest multiple of N at or below it
-    is looked up, plus those of ``near``: two tables of a few hundred rows that stay in a core's cache, in place of one row per position.
+    share, and rotated when they are read. The angles of a position are those of ``far``, where the nearest multiple of N at or
+    below it is looked up, plus those of ``near``: two tables of a few hundred rows that stay in a core's cache, in place of a row
+    per position.
     Source: ShadowKV, arXiv:2410.21465, section 4, algorithm 2, whose kernel also rotates what it has just multiplied.
 
     Args:
@@ -59,7 +60,7 @@ def lowrank_keys(
         counts: int32 ``[B, Hkv, P]`` tokens of each page, 0 for none.
         targets: int64 ``[B, Hkv, P]`` where the first key of each page goes; the others follow. No row may be the target of two.
         positions: int32 ``[T]``.
-        far: float32 ``[F, 2, R]`` cosines and sines of the rotation by ``0, N, 2 N, ...`` positions; R = 0 where keys do not rotate.
+        far: float32 ``[F, 2, R]`` cosines and sines of the rotation by ``0, N, 2 N, ...`` positions; R = 0 for none.
         near: float32 ``[N, 2, R]`` those of ``0 .. N - 1`` positions.
         interleaved: pair i is the channels ``2 i`` and ``2 i + 1``; else ``i`` and ``i + R``. Channels from ``2 R`` on stay.
 
@@ -103,8 +104,9 @@ def _(rows, factors, basis, starts, counts, targets, positions, far, near, inter
             f"positions must be int32 [{len(factors)}], one per row of factors, got {positions.dtype} {list(positions.shape)}")
     for name, t in (("far", far), ("near", near)):
         require(t.dtype == torch.float32 and t.dim() == 3 and len(t) > 0 and t.shape[1:] == (2, near.shape[-1]),
-                f"{name} must be float32 [rows, 2, R], cosines and sines, R the same in far and near, got {t.dtype} {list(t.shape)}")
-    require(2 * near.shape[2] <= rows.shape[1], f"{near.shape[2]} pairs of channels do not fit into keys of {rows.shape[1]} channels")
+                f"{name} must be float32 [rows, 2, R], cosines and sines, R alike in far and near, got {t.dtype} {list(t.shape)}")
+    require(2 * near.shape[2] <= rows.shape[1],
+            f"{near.shape[2]} pairs of channels do not fit into keys of {rows.shape[1]} channels")
 
 
 @lowrank_keys.fake
