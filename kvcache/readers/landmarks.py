@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparse_attn import ops
-from sparse_attn.errors import require
 
 from ..digests import Landmarks as Digest
 from ..store import Meter
