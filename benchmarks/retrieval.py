@@ -154,7 +154,7 @@ def _all_pages(q, lengths, digest, first=None, last=None) -> torch.Tensor:
 
 def _replayed(model: LlamaForCausalLM, cache, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     """Logits behind the prompt and every token after it, which are given."""
-    for piece in ids[:, :prompt].split(2048, 1):
+    for piece in ids[:, :prompt].split(512, 1):
         out = model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
     found = [out.logits[:, -1].double()]
     for token in ids[:, prompt:].split(1, 1):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class _Pages:
     """Where the pages of all runs lie.
 
     Attributes:
-        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools.
+        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools; -1 for keys that are in another form alone.
         positions: int32 ``[B, Hkv, room, page]`` of the tokens.
     """
 
@@ -54,7 +54,7 @@ class _Pages:
             with torch.inference_mode(False):  # written later whatever mode is on then
                 for name in ("keys", "values", "positions"):
                     t = getattr(self, name)
-                    setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
+                    setattr(self, name, torch.cat([t, t.new_full((*t.shape[:2], more, *t.shape[3:]), -1)], 2))
 
     def of(self, sequences: Tensor) -> _Pages:
         with torch.inference_mode(False):
@@ -135,8 +135,11 @@ class Archive:
             return
         here = self._here()
         self._values.release(self._at.values[here])
-        if not self._fitted:
-            self._keys.release(self._at.keys[here])
+        self._keys.release(self._at.keys[self._as_they_came(here)])
+
+    def _as_they_came(self, here: Tensor) -> Tensor:
+        """Of these pages those whose keys are in their pool."""
+        return here & (self._at.keys >= 0)
 
     def _here(self) -> Tensor:
         """bool ``[B, Hkv, room]``: which entries of the tables are pages."""
@@ -192,8 +195,13 @@ class Archive:
                 at = torch.stack([store.positions[start : start + count] for start, count in zip(starts, counts)])
                 self._factors.append(b, keys, _shared(at))
 
-    def prepare(self) -> None:
-        """Before the first page is read: turn keys into what the codec keeps."""
+    def prepare(self, exact: Callable[[Tensor], Tensor | None]) -> None:
+        """Before the first page is read: turn keys into what the codec keeps.
+
+        Args:
+            exact: says which of the first pages (int64 ``[B, Hkv]``) keep their keys as they are: int32 ``[B, Hkv, m]`` numbers, -1 for
+                none; None for none at all.
+        """
         if self._factors is None or self._fitted:
             return
         require(bool((self.pages == self.pages[:, :1]).all()), _NOT_SHARED)
@@ -203,7 +211,11 @@ class Archive:
                 yield piece.b, piece.k, _shared(piece.positions)
 
         self._factors.fit(pieces, len(self.pages))
-        self._keys.release(self._at.keys[self._here()])
+        going, chosen = self._here(), exact(self.pages)
+        if chosen is not None:
+            going &= ~torch.zeros_like(going).scatter_(2, chosen.cpu().long().clamp(min=0), chosen.cpu() >= 0)
+        self._keys.release(self._at.keys[going])
+        self._at.keys[going] = -1
         self._fitted = True
 
     # -- what is read -----------------------------------------------------------------------------------------------------------
@@ -218,15 +230,9 @@ class Archive:
         wanted = chosen.cpu().long().view(-1, m)
         slot, miss = self._slots.want(wanted)
         at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
-        run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
-        page, to = wanted[miss], at[miss]
-        fences = [self._values.read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
-        if self._fitted:
-            self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
-        else:
-            fences.append(self._keys.read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
-        self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
-        self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
+        coming, at = wanted.where(miss, -1).view(batch, heads, m), at.view(batch, heads, m)
+        fences, moved = self._bring(coming, at, self._k, self._v)
+        self.wanted, self.missed, self.moved = self.wanted + int((wanted >= 0).sum()), self.missed + int(miss.sum()), moved
         counts = torch.where(wanted < 0, 0, self.page).int()
         region = Region(self._k, self._v, *(t.view(batch, heads, m).to(chosen.device) for t in (at * self.page, counts)), own=False)
         self._coming = Fetch(region, fences)
@@ -278,20 +284,29 @@ class Archive:
 
     def _piece(self, b: int, heads: slice, at: slice, k: Tensor, v: Tensor | None) -> _Piece:
         count, n = heads.stop - heads.start, at.stop - at.start
-        to = torch.arange(count * n)
-        fences = [] if v is None else [self._values.read(self._at.values[b, heads, at].flatten(), v, to)]
-        if self._fitted:
-            pages = torch.full((*self.pages.shape, n), -1, dtype=torch.int32)
-            pages[b, heads] = torch.arange(at.start, at.stop, dtype=torch.int32)
-            targets = torch.zeros(pages.shape, dtype=torch.int64)
-            targets[b, heads] = to.view(count, n) * self.page
-            self._factors.rebuild(pages, self.page, k, targets)
-        else:
-            fences.append(self._keys.read(self._at.keys[b, heads, at].flatten(), k, to))
+        pages, to = torch.full((*self.pages.shape, n), -1), torch.zeros((*self.pages.shape, n), dtype=torch.int64)
+        pages[b, heads], to[b, heads] = torch.arange(at.start, at.stop), torch.arange(count * n).view(count, n)
+        fences, _ = self._bring(pages, to, k, v)
         for fence in fences:
             fence.wait()
         k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
         return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
+
+    def _bring(self, pages: Tensor, to: Tensor, k: Tensor, v: Tensor | None) -> tuple[list[Fence], int]:
+        """Begin to bring pages (int64 ``[B, Hkv, m]`` numbers, -1 for none) to the pages ``to`` of k and v; also the bytes that move."""
+        b, h, i = (pages >= 0).nonzero(as_tuple=True)
+        at, slots = (b, h, pages[b, h, i]), to[b, h, i]
+        keys = self._at.keys[at]
+        there = keys >= 0
+        fences = [self._keys.read(keys[there], k, slots[there])] if bool(there.any()) else []
+        if v is not None:
+            fences.append(self._values.read(self._at.values[at], v, slots))
+        if not bool(there.all()):
+            rest = pages.clone()
+            rest[b[there], h[there], i[there]] = -1
+            self._factors.rebuild(rest.int(), self.page, k, to * self.page)
+        sizes = [self.page * t.shape[1] * t.element_size() for t in self._like]
+        return fences, int(there.sum()) * sizes[0] + len(keys) * sizes[1]
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
@@ -316,14 +331,14 @@ class Archive:
         """Make the sequences numbered ``sequences`` (host, repeats allowed) the batch; pages are shared, not copied."""
         if self.pages is None:
             return
-        old = self._at, self._here()
+        before, here = self._at, self._here()
+        there = self._as_they_came(here)
         self._at, self.pages = self._at.of(sequences), self.pages[sequences]
         self._hold()
-        self._values.release(old[0].values[old[1]])
+        self._values.release(before.values[here])
+        self._keys.release(before.keys[there])
         if self._fitted:
             self._factors.select(sequences)
-        else:
-            self._keys.release(old[0].keys[old[1]])
         self._drop_slots()
 
     def copy(self, meter: Meter) -> Archive:
@@ -339,8 +354,7 @@ class Archive:
     def _hold(self) -> None:
         here = self._here()
         self._values.hold(self._at.values[here])
-        if not self._fitted:
-            self._keys.hold(self._at.keys[here])
+        self._keys.hold(self._at.keys[self._as_they_came(here)])
 
 
 @dataclass(eq=False)

@@ -159,7 +159,7 @@ class CacheLayer:
         if self.digest is None or self.reading:
             return None
         if self.archive is not None and self.archive.pages is not None:
-            self.archive.prepare()
+            self.archive.prepare(lambda pages: self.config.decode.exact(self.digest, pages))
         self.digest.ready(self._all_rows)
         return self.config.decode.choose(q, self.lengths.to(q.device), self.digest, first, last)
 

@@ -167,6 +167,38 @@ def test_a_lost_page_stops_the_cache_until_it_is_reset(tmp_path):
         assert torch.equal(model(ids[:1, :1], past_key_values=cache).logits, expected)
 
 
+def test_outliers_keep_their_keys_where_the_others_become_factors():
+    model, ids = tiny("Llama", max_position_embeddings=1024), tokens(2, 400)
+    with sparse_attn.patch(model, prefill="dense"):
+        settings = dict(budget=120, page=8, outliers=4, recent=8, dense_layers=())
+        plain = kvcache.make_cache(model, decode="landmarks", tiers=("device", "host"), **settings)
+        cache = kvcache.make_cache(model, decode="shadowkv", rank=1, **settings)
+        for each in (plain, cache):
+            kvcache.prefill(model, ids, each, 200)
+        step = model(ids[:, :1], past_key_values=cache).logits
+        archive, core = cache.layers[0].core.archive, cache.layers[0].core
+        odd = core.config.decode.exact(core.digest, archive.pages)
+        assert odd.shape == (2, 2, 4) and bool((odd >= 0).all())
+        wanted = torch.cat([odd, torch.full_like(odd[..., :1], 3)], 2)  # and one that is not
+        assert not bool((odd == 3).any())
+        for fetched in (lambda a: a, lambda a: a.copy(kvcache.store.Meter())):
+            region, whole = fetched(archive).fetch(wanted).wait(), plain.layers[0].core.archive.fetch(wanted).wait()
+            rows = [r.k[r.starts[..., None] + torch.arange(8)] for r in (region, whole)]
+            assert torch.equal(rows[0][:, :, :4], rows[1][:, :, :4])
+            assert (rows[0][:, :, 4] - rows[1][:, :, 4]).abs().max() > 0.1
+        piece = next(iter(archive.parts()))
+        first = [int(p) for p in odd[0, 0]]
+        whole = next(iter(plain.layers[0].core.archive.parts()))
+        for p in first:
+            assert torch.equal(piece.k[0, 0, 8 * p : 8 * p + 8], whole.k[0, 0, 8 * p : 8 * p + 8])
+        assert step.isfinite().all()
+        for layer in cache.layers:
+            layer.reorder_cache(torch.tensor([1, 1]))
+        cache.reset()
+        plain.reset()
+        assert sum(cache.report().tiers.values()) == sum(plain.report().tiers.values()) == 0
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (dict(decode="quest", tiers=("host",)), "must begin with the device"),
     (dict(policy="snapkv", budget=64, tiers=("device", "host")), "without decode= would bring every page back"),
