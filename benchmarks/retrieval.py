@@ -130,7 +130,7 @@ def replay(args: argparse.Namespace) -> Iterator[dict]:
     exact = _replayed(model.double(), DynamicCache(config=config), ids, args.prompt)
     model.float()
     own = float((wanted - exact).abs().max())
-    everything = {"budget": 4096, "dense_layers": ()}
+    everything = {"budget": 1024, "dense_layers": ()}
     with sparse_attn.patch(model, prefill="dense"):
         for name in METHODS:
             # the whole matrix of two heads of 32 has rank 64

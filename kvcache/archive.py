@@ -270,8 +270,8 @@ class Archive:
         """All pages, a few of each run at a time; of sequence ``only``, where given."""
         heads, step = self.pages.shape[1], max(_PIECE // self.page, 1)
         most = min(step, int(self.pages.max())) * heads
-        k, v = (empty_rows(t, most * self.page) for t in self._like)
-        size = sum(t.numel() * t.element_size() for t in (k, v))
+        k, v = (empty_rows(t, most * self.page if wanted else 0) for t, wanted in zip(self._like, (True, values)))
+        size = k.numel() * k.element_size() + v.numel() * v.element_size()
         self._meter.add(size)
         try:
             for b in range(len(self.pages)) if only is None else [only]:

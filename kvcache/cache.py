@@ -185,6 +185,8 @@ class CacheLayer:
         """Let old pages leave for slower memory; with a policy only once it has chosen what stays."""
         if self.archive is None or self.config.policy is not None and not self._generated():
             return
+        if self.archive.pages is None and self.n_tokens <= self.config.decode.budget:
+            return  # as much would have to come back for every token
         recent = self.config.decode.recent
         if self._appended > FEW_QUERIES or int(self.store.lengths.max()) >= recent + _FLUSH:
             # a draft that is taken back leaves the recent ones

@@ -29,7 +29,7 @@ def _inference():
 
 def spread(model, tiers=TIERS[0], page: int = 4, **settings):
     """A cache that reads all pages, most of them from elsewhere."""
-    return kvcache.KVCache(model, CacheConfig(None, None, decode=AllPages(8 * page, page), tiers=tiers, **settings))
+    return kvcache.KVCache(model, CacheConfig(None, None, decode=AllPages(2 * page, page), tiers=tiers, **settings))
 
 
 def archived(cache) -> int:

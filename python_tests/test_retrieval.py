@@ -27,7 +27,7 @@ def rows(path) -> list[dict]:
 
 def test_a_long_answer_stays_that_of_the_dense_model_whatever_reads(tmp_path):
     out = tmp_path / "rows.jsonl"
-    assert retrieval.main(["replay", "--prompt", "300", "--generate", "150", "--json", str(out), "--threads", "1"]) == 0
+    assert retrieval.main(["replay", "--prompt", "1200", "--generate", "100", "--json", str(out), "--threads", "1"]) == 0
     found = rows(out)
     assert {row["cache"] for row in found} == set(retrieval.METHODS)
     for row in found:
