@@ -3,6 +3,7 @@
 ``PYTHONPATH=. python python_tests/test_triton.py`` writes triton_table.json anew, what the compiler made of every kernel.
 """
 
+import inspect
 import json
 import os
 import re
@@ -12,12 +13,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import test_mass_ops
 import test_page_score
 import test_paged_attention
 import test_row_score
 import torch
 from conftest import skip_unless
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows import plain_args
 
 from sparse_attn.__main__ import typical
@@ -34,6 +37,7 @@ here = pytest.mark.skipif(frame.interpreted(), reason="needs TRITON_INTERPRET un
 # -- numbers: what the tests of an op ask of every backend, on fewer cases ------------------------------------------------
 
 ASKED = {
+    "key_mass": (test_mass_ops.test_key_mass_is_as_accurate_as_torch, test_mass_ops.mass_cases(), 8),
     "page_score": (test_page_score.test_bounds_match_float64, test_page_score.score_cases(), 8),
     "row_score": (test_row_score.test_scores_match_float64, test_row_score.score_cases(), 8),
     "paged_attention": (test_paged_attention.test_pages_are_attended_as_accurately_as_torch_does,
@@ -47,9 +51,10 @@ def test_a_kernel_is_as_accurate_as_torch(op):
     ask, cases, examples = ASKED[op]
 
     @settings(max_examples=examples)
-    @given(case=cases)
-    def held(case):
-        ask.hypothesis.inner_test("triton", case)
+    @given(case=cases, data=st.data())
+    def held(case, data):
+        more = {"data": data} if "data" in inspect.signature(ask.hypothesis.inner_test).parameters else {}
+        ask.hypothesis.inner_test("triton", case, **more)
 
     held()
 
