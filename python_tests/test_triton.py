@@ -108,15 +108,15 @@ def calls(op: str) -> list[tuple]:
     return [usual]
 
 
-def launches(op: str, arch: int) -> dict[str, tuple]:
-    """Every kernel that the calls of an op launch on an architecture, with its arguments."""
+def launches(op: str, args: list[tuple], arch: int) -> dict[str, tuple]:
+    """Every kernel that these calls of an op launch on an architecture, with its arguments."""
     found = {}
     kept = frame.launch, frame.arch, frame.processors
     frame.launch = lambda kernel, grid, *args, **named: found.setdefault(
         f"{op} {kernel.__name__}" + (f" of {named['ROWS']} rows" if "ROWS" in named else ""), (kernel, args, named))
     frame.arch, frame.processors = lambda device: arch, lambda device: 132
     try:
-        for call in calls(op):
+        for call in args:
             OPS[op].backends[OPS[op].names.index("triton")].run(*OPS[op]._bind(call, {}))
     finally:
         frame.launch, frame.arch, frame.processors = kept
@@ -152,7 +152,7 @@ def compiled(kernel, args: tuple, named: dict, arch: int) -> dict:
 
 def built(op: str) -> dict[str, dict]:
     """Rows of the table: kernel and architecture."""
-    return {f"{name} sm_{arch}": compiled(*launch, arch) for arch in ARCHS for name, launch in launches(op, arch).items()}
+    return {f"{name} sm_{arch}": compiled(*launch, arch) for arch in ARCHS for name, launch in launches(op, calls(op), arch).items()}
 
 
 @here
@@ -168,6 +168,16 @@ def test_every_kernel_compiles_without_spills_and_keeps_its_matrix_instruction(o
         assert row["matrix"] == table[name]["matrix"], f"{name} multiplies with {row['matrix']}, not {table[name]['matrix']}"
         assert row["shared"] <= MOST_SHARED, f"{name} takes {row['shared']} bytes of shared memory"
         assert row["registers"] <= 1.25 * table[name]["registers"] + 8, f"{name} takes {row['registers']} registers: {table[name]}"
+
+
+@here
+@pytest.mark.skipif(frame.missing() is not None, reason=str(frame.missing()))
+@pytest.mark.parametrize("op", OPS_SERVED)
+def test_every_option_compiles(op):
+    """Padding bounds, sinks, biases and softcaps are branches that the compiler sees only when they are given."""
+    args = tuple(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in plain_args(op, torch.bfloat16))
+    for name, launch in launches(op, [args], 90).items():
+        assert compiled(*launch, 90)["spilled"] == 0, name
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------------
