@@ -24,6 +24,7 @@ from ..registry import Op
 
 OLDEST = (3, 6)
 OLDEST_ARCH = 80
+WIDEST = 256  # channels of a row
 # a stand-in for a GPU's: few, so that tests meet every loop
 _INTERPRETED_PROCESSORS = 8
 
@@ -111,6 +112,12 @@ def _kernels(name: str):
     return importlib.import_module(f"{__package__}.{name}")
 
 
+def needs_width(*tensors) -> str | None:
+    """None, or 'needs at most 256 channels, got 576': what a tile holds."""
+    widest = max(tensor.shape[-1] for tensor in tensors[:3] if isinstance(tensor, Tensor) and tensor.is_floating_point())
+    return f"needs at most {WIDEST} channels, got {widest}" if widest > WIDEST else None
+
+
 def pinned(table: dict[int, dict[str, int]], device: torch.device) -> dict[str, int]:
     """The configuration for a device: that of the newest architecture in the table that is not newer than the device."""
     return table[max(known for known in table if known <= arch(device))]
@@ -125,3 +132,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **named) -> None:
 def power(n: int, least: int = 16) -> int:
     """The next power of two, not below ``least``: what a tile edge is."""
     return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def edges(group: int, n_q: int) -> tuple[int, int]:
+    """Heads and queries of one tile of queries, 16 rows at least and seldom more."""
+    heads = power(group, 1)
+    return heads, max(power(min(n_q, 16), 1), 16 // heads, 1)

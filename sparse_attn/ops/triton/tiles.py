@@ -63,3 +63,25 @@ def real_queries(q_first, q_last, b, n_q):
     if q_last is not None:
         last = tl.minimum(tl.maximum(tl.load(q_last + b), 0), n_q)
     return first, tl.maximum(first, last)
+
+
+@triton.jit
+def load_queries(q, b, h, at, last, q_b, q_h, q_i, q_d,
+                 GROUP: tl.constexpr, HEADS: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Queries ``at .. at + EDGE`` of a group's heads, ``[HEADS * EDGE, WIDTH]``, and which of them exist."""
+    head = tl.arange(0, HEADS * EDGE) // EDGE
+    i = at + tl.arange(0, HEADS * EDGE) % EDGE
+    channel = tl.arange(0, WIDTH)
+    there = (i < last) & (head < GROUP)
+    rows = q + tl.cast(b, tl.int64) * q_b + (h * GROUP + head).to(tl.int64) * q_h + i.to(tl.int64) * q_i
+    return tl.load(rows[:, None] + channel[None, :] * q_d, mask=there[:, None] & (channel < DIM)[None, :], other=0.0), there
+
+
+@triton.jit
+def reduced(best, GROUP: tl.constexpr, HEADS: tl.constexpr, REDUCE: tl.constexpr):
+    """``[TILE]`` from ``[TILE, HEADS]``, of whose heads the first GROUP exist."""
+    there = (tl.arange(0, HEADS) < GROUP)[None, :]
+    if REDUCE == "max":
+        return tl.max(tl.where(there, best, float("-inf")), 1)
+    sums = tl.sum(tl.where(there, best, 0.0), 1)
+    return sums / GROUP if REDUCE == "mean" else sums
