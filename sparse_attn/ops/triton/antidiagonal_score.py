@@ -17,8 +17,6 @@ CONFIGS = {
     90: dict(ROWS=128, COLUMNS=128, DEPTH=64, num_warps=8, num_stages=3),
 }  # fmt: skip
 FLOAT32 = dict(ROWS=32, COLUMNS=32, DEPTH=32, num_warps=4, num_stages=1)
-MOST_GROUPS = 128  # of one key block: they fit a tile
-MOST_BLOCKS = 8192  # of one row: they fit the second kernel
 _MOST_SUMS = 2**26
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -87,7 +85,8 @@ def block_sums(
     logits = tl.reshape(logits, [ROWS, BLOCKS, WIDE_BLOCK])
     top = tl.max(logits, 2)
     total = tl.sum(tl.exp2(logits - finite(top)[:, :, None]), 2)
-    found = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    # a nan stays one
+    found = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     to = (tl.program_id(2).to(tl.int64) * n_groups + place)[:, None] * k_blocks + block[None, :]
     tl.store(sums + to, found, mask=(place < n_groups)[:, None] & (block < k_blocks)[None, :])
@@ -104,18 +103,10 @@ def shares(sums, out, n_groups, block_from, q_blocks, k_blocks, BLOCK: tl.conste
         logs = tl.load(sums + (row + u) * k_blocks + column, mask=there, other=float("-inf"))
         p = tl.exp2(logs - finite(tl.max(logs, 0)))
         total = tl.sum(p, 0)
-        mass += p / tl.where(total > 0, total, 1.0)
+        mass += tl.where(total > 0, p / tl.where(total > 0, total, 1.0), 0.0)  # 0 for a nan
     total = tl.sum(mass, 0)
     to = (tl.program_id(1).to(tl.int64) * q_blocks + block_from + tl.program_id(0)) * k_blocks + column
     tl.store(out + to, mass / tl.where(total > 0, total, 1.0), mask=there)
-
-
-def refuses(q, k, block_q, block_k, stride, *rest) -> str | None:
-    """None, or what the tiles cannot hold."""
-    if block_k // stride > MOST_GROUPS:
-        return f"needs at most {MOST_GROUPS} groups per key block, got {block_k // stride}"
-    blocks = -(-k.shape[2] // block_k)
-    return f"needs at most {MOST_BLOCKS} key blocks, got {blocks}" if blocks > MOST_BLOCKS else None
 
 
 def run(out, q, k, block_q, block_k, stride, scale, q_start, causal, window, alternate, first, last) -> None:

@@ -46,6 +46,8 @@ def pooled_shares(
             logits = tl.where(seen, logits, float("-inf"))
             if write:
                 share = tl.exp(logits - finite(top)[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
+                # a row whose sum is nan or infinite is 0, as in the reference
+                share = tl.where(((total > 0) & (total < float("inf")))[:, None], share, 0.0)
                 tl.store(out + j[None, :], share, mask=(i < q_blocks)[:, None] & (j < k_blocks)[None, :])
             else:
                 _, top, total, _ = soften(logits, top, total)
