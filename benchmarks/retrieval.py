@@ -130,7 +130,7 @@ def replay(args: argparse.Namespace) -> Iterator[dict]:
     exact = _replayed(model.double(), DynamicCache(config=config), ids, args.prompt)
     model.float()
     own = float((wanted - exact).abs().max())
-    everything = {"budget": 4096, "dense_layers": ()}
+    everything = {"budget": 1024, "dense_layers": ()}
     with sparse_attn.patch(model, prefill="dense"):
         for name in METHODS:
             # the whole matrix of two heads of 32 has rank 64
@@ -154,7 +154,7 @@ def _all_pages(q, lengths, digest, first=None, last=None) -> torch.Tensor:
 
 def _replayed(model: LlamaForCausalLM, cache, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     """Logits behind the prompt and every token after it, which are given."""
-    for piece in ids[:, :prompt].split(2048, 1):
+    for piece in ids[:, :prompt].split(512, 1):
         out = model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
     found = [out.logits[:, -1].double()]
     for token in ids[:, prompt:].split(1, 1):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class _Pages:
     """Where the pages of all runs lie.
 
     Attributes:
-        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools.
+        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools; -1 for keys that are in another form alone.
         positions: int32 ``[B, Hkv, room, page]`` of the tokens.
     """
 
@@ -54,7 +54,7 @@ class _Pages:
             with torch.inference_mode(False):  # written later whatever mode is on then
                 for name in ("keys", "values", "positions"):
                     t = getattr(self, name)
-                    setattr(self, name, torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2))
+                    setattr(self, name, torch.cat([t, t.new_full((*t.shape[:2], more, *t.shape[3:]), -1)], 2))
 
     def of(self, sequences: Tensor) -> _Pages:
         with torch.inference_mode(False):
@@ -90,7 +90,7 @@ class Archive:
 
     def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyForm | None = None):
         self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
-        self.wanted = self.missed = self.moved = 0
+        self.wanted = self.missed = 0
         self._blank()
 
     def _blank(self) -> None:
@@ -98,6 +98,8 @@ class Archive:
         self._at: _Pages | None = None
         self._fitted = False
         self._slots: Slots | None = None
+        self._coming: Fetch | None = None  # the last one
+        self.moved = 0
         self._k = self._v = None  # [B * Hkv * slots * page, D], the slots
         self._like: tuple[Tensor, Tensor] | None = None  # rows of k and v, none of them
         self._keys = self._values = None  # pools
@@ -133,8 +135,11 @@ class Archive:
             return
         here = self._here()
         self._values.release(self._at.values[here])
-        if not self._fitted:
-            self._keys.release(self._at.keys[here])
+        self._keys.release(self._at.keys[self._as_they_came(here)])
+
+    def _as_they_came(self, here: Tensor) -> Tensor:
+        """Of these pages those whose keys are in their pool."""
+        return here & (self._at.keys >= 0)
 
     def _here(self) -> Tensor:
         """bool ``[B, Hkv, room]``: which entries of the tables are pages."""
@@ -157,7 +162,7 @@ class Archive:
         if not bool(n.any()):
             return
         if self.pages is None:
-            self._like = store.k[:0], store.v[:0]
+            self._like = empty_rows(store.k, 0), empty_rows(store.v, 0)  # a view would keep the rows of today
             self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size()) for t in self._like)
             self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
             self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
@@ -167,11 +172,11 @@ class Archive:
         values = self._values.write(store.v[rows].reshape(count, -1).cpu())
         try:
             keys = None if self._fitted else self._keys.write(store.k[rows].reshape(count, -1).cpu())
+            if self._fitted:
+                self._append_factors(store, n)
         except Exception:
             self._values.release(values)
             raise
-        if self._fitted:
-            self._append_factors(store, n)
         self._at.grow(int((self.pages + n).max()))
         slot = torch.arange(self._at.keys.shape[2])
         new = (slot >= self.pages[..., None]) & (slot < (self.pages + n)[..., None])
@@ -190,8 +195,13 @@ class Archive:
                 at = torch.stack([store.positions[start : start + count] for start, count in zip(starts, counts)])
                 self._factors.append(b, keys, _shared(at))
 
-    def prepare(self) -> None:
-        """Before the first page is read: turn keys into what the codec keeps."""
+    def prepare(self, exact: Callable[[Tensor], Tensor | None]) -> None:
+        """Before the first page is read: turn keys into what the codec keeps.
+
+        Args:
+            exact: says which of the first pages (int64 ``[B, Hkv]``) keep their keys as they are: int32 ``[B, Hkv, m]`` numbers, -1 for
+                none; None for none at all.
+        """
         if self._factors is None or self._fitted:
             return
         require(bool((self.pages == self.pages[:, :1]).all()), _NOT_SHARED)
@@ -201,7 +211,11 @@ class Archive:
                 yield piece.b, piece.k, _shared(piece.positions)
 
         self._factors.fit(pieces, len(self.pages))
-        self._keys.release(self._at.keys[self._here()])
+        going, chosen = self._here(), exact(self.pages)
+        if chosen is not None:
+            going &= ~torch.zeros_like(going).scatter_(2, chosen.cpu().long().clamp(min=0), chosen.cpu() >= 0)
+        self._keys.release(self._at.keys[going])
+        self._at.keys[going] = -1
         self._fitted = True
 
     # -- what is read -----------------------------------------------------------------------------------------------------------
@@ -209,22 +223,20 @@ class Archive:
     def fetch(self, chosen: Tensor) -> Fetch:
         """Begin to bring pages (int32 ``[B, Hkv, P]`` numbers, each once per run, -1 for none) to the slots."""
         batch, heads, m = chosen.shape
+        if self._coming is not None and not self._coming.landed:  # its pages are not where the slots say
+            self._drop_slots()
         self._make_slots(batch * heads, m)
+        self._coming = Fetch(None, [])
         wanted = chosen.cpu().long().view(-1, m)
         slot, miss = self._slots.want(wanted)
         at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
-        run = torch.arange(len(slot))[:, None].expand_as(slot)[miss]
-        page, to = wanted[miss], at[miss]
-        fences = [self._values.read(self._at.values.flatten(0, 1)[run, page], self._v, to)]
-        if self._fitted:
-            self._factors.rebuild(wanted.where(miss, -1).view(batch, heads, m).int(), self.page, self._k, at.view(batch, heads, m) * self.page)
-        else:
-            fences.append(self._keys.read(self._at.keys.flatten(0, 1)[run, page], self._k, to))
-        self.wanted, self.missed = self.wanted + int((wanted >= 0).sum()), self.missed + len(page)
-        self.moved = len(page) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
+        coming, at = wanted.where(miss, -1).view(batch, heads, m), at.view(batch, heads, m)
+        fences, moved = self._bring(coming, at, self._k, self._v)
+        self.wanted, self.missed, self.moved = self.wanted + int((wanted >= 0).sum()), self.missed + int(miss.sum()), moved
         counts = torch.where(wanted < 0, 0, self.page).int()
         region = Region(self._k, self._v, *(t.view(batch, heads, m).to(chosen.device) for t in (at * self.page, counts)), own=False)
-        return Fetch(region, fences)
+        self._coming = Fetch(region, fences)
+        return self._coming
 
     def parts(self) -> Iterator[Part]:
         """Everything, in order, a piece at a time; the next one takes the memory of the one before."""
@@ -234,6 +246,7 @@ class Archive:
     def regions(self) -> Iterator[Region]:
         """The same, as pages."""
         batch, heads = self.pages.shape
+        self.moved = int(self.pages.sum()) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         for piece in self._pieces():
             count, n, _ = piece.k.shape
             starts, counts = torch.zeros(batch, heads, 1, dtype=torch.int64), torch.zeros(batch, heads, 1, dtype=torch.int32)
@@ -257,8 +270,8 @@ class Archive:
         """All pages, a few of each run at a time; of sequence ``only``, where given."""
         heads, step = self.pages.shape[1], max(_PIECE // self.page, 1)
         most = min(step, int(self.pages.max())) * heads
-        k, v = (empty_rows(t, most * self.page) for t in self._like)
-        size = sum(t.numel() * t.element_size() for t in (k, v))
+        k, v = (empty_rows(t, most * self.page if wanted else 0) for t, wanted in zip(self._like, (True, values)))
+        size = k.numel() * k.element_size() + v.numel() * v.element_size()
         self._meter.add(size)
         try:
             for b in range(len(self.pages)) if only is None else [only]:
@@ -271,20 +284,29 @@ class Archive:
 
     def _piece(self, b: int, heads: slice, at: slice, k: Tensor, v: Tensor | None) -> _Piece:
         count, n = heads.stop - heads.start, at.stop - at.start
-        to = torch.arange(count * n)
-        fences = [] if v is None else [self._values.read(self._at.values[b, heads, at].flatten(), v, to)]
-        if self._fitted:
-            pages = torch.full((*self.pages.shape, n), -1, dtype=torch.int32)
-            pages[b, heads] = torch.arange(at.start, at.stop, dtype=torch.int32)
-            targets = torch.zeros(pages.shape, dtype=torch.int64)
-            targets[b, heads] = to.view(count, n) * self.page
-            self._factors.rebuild(pages, self.page, k, targets)
-        else:
-            fences.append(self._keys.read(self._at.keys[b, heads, at].flatten(), k, to))
+        pages, to = torch.full((*self.pages.shape, n), -1), torch.zeros((*self.pages.shape, n), dtype=torch.int64)
+        pages[b, heads], to[b, heads] = torch.arange(at.start, at.stop), torch.arange(count * n).view(count, n)
+        fences, _ = self._bring(pages, to, k, v)
         for fence in fences:
             fence.wait()
         k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
         return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
+
+    def _bring(self, pages: Tensor, to: Tensor, k: Tensor, v: Tensor | None) -> tuple[list[Fence], int]:
+        """Begin to bring pages (int64 ``[B, Hkv, m]`` numbers, -1 for none) to the pages ``to`` of k and v; also the bytes that move."""
+        b, h, i = (pages >= 0).nonzero(as_tuple=True)
+        at, slots = (b, h, pages[b, h, i]), to[b, h, i]
+        keys = self._at.keys[at]
+        there = keys >= 0
+        fences = [self._keys.read(keys[there], k, slots[there])] if bool(there.any()) else []
+        if v is not None:
+            fences.append(self._values.read(self._at.values[at], v, slots))
+        if not bool(there.all()):
+            rest = pages.clone()
+            rest[b[there], h[there], i[there]] = -1
+            self._factors.rebuild(rest.int(), self.page, k, to * self.page)
+        sizes = [self.page * t.shape[1] * t.element_size() for t in self._like]
+        return fences, int(there.sum()) * sizes[0] + len(keys) * sizes[1]
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
@@ -309,14 +331,14 @@ class Archive:
         """Make the sequences numbered ``sequences`` (host, repeats allowed) the batch; pages are shared, not copied."""
         if self.pages is None:
             return
-        old = self._at, self._here()
+        before, here = self._at, self._here()
+        there = self._as_they_came(here)
         self._at, self.pages = self._at.of(sequences), self.pages[sequences]
         self._hold()
-        self._values.release(old[0].values[old[1]])
+        self._values.release(before.values[here])
+        self._keys.release(before.keys[there])
         if self._fitted:
             self._factors.select(sequences)
-        else:
-            self._keys.release(old[0].keys[old[1]])
         self._drop_slots()
 
     def copy(self, meter: Meter) -> Archive:
@@ -332,21 +354,22 @@ class Archive:
     def _hold(self) -> None:
         here = self._here()
         self._values.hold(self._at.values[here])
-        if not self._fitted:
-            self._keys.hold(self._at.keys[here])
+        self._keys.hold(self._at.keys[self._as_they_came(here)])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Fetch:
-    """Pages on their way to the slots."""
+    """Pages on their way to the slots; ``landed`` once they are there, and not if one was lost or nobody waited."""
 
-    region: Region
+    region: Region | None
     fences: list[Fence]
+    landed: bool = False
 
     def wait(self) -> Region:
         """Where they are, once they are there."""
         for fence in self.fences:
             fence.wait()
+        self.landed = True
         return self.region
 
 

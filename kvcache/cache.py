@@ -159,7 +159,7 @@ class CacheLayer:
         if self.digest is None or self.reading:
             return None
         if self.archive is not None and self.archive.pages is not None:
-            self.archive.prepare()
+            self.archive.prepare(lambda pages: self.config.decode.exact(self.digest, pages))
         self.digest.ready(self._all_rows)
         return self.config.decode.choose(q, self.lengths.to(q.device), self.digest, first, last)
 
@@ -185,8 +185,14 @@ class CacheLayer:
         """Let old pages leave for slower memory; with a policy only once it has chosen what stays."""
         if self.archive is None or self.config.policy is not None and not self._generated():
             return
-        if self._appended > FEW_QUERIES or int(self.store.lengths.max()) >= self.config.decode.recent + _FLUSH:
-            self.archive.take(self.store, self.config.decode.recent)
+        if self.archive.pages is None and self.n_tokens <= self.config.decode.budget:
+            return  # as much would have to come back for every token
+        recent = self.config.decode.recent
+        if self._appended > FEW_QUERIES or int(self.store.lengths.max()) >= recent + _FLUSH:
+            # a draft that is taken back leaves the recent ones
+            self.archive.take(self.store, recent + max(FEW_QUERIES, self._appended if self._drafted else 0))
+            if len(self.store.positions) > 2 * int((self.store.lengths + _FLUSH).sum()):
+                self.store.shrink()
 
     def _recall(self) -> None:
         """Bring everything back to the store."""
@@ -209,7 +215,8 @@ class CacheLayer:
                 of = {"k": k, "v": v, "positions": positions.to(k.device), "state": torch.zeros(len(k), device=k.device)}
                 for name, found in made.items():
                     found += [of[name], next(pieces[name])]
-        return {"lengths": self.lengths} | {name: torch.cat(found) for name, found in made.items()}
+        with torch.inference_mode(False):  # the store writes to these whatever mode is on then
+            return {"lengths": self.lengths} | {name: torch.cat(found) for name, found in made.items()}
 
     # -- the way of a chunk ---------------------------------------------------------------------------------------------------
 
@@ -301,6 +308,7 @@ class CacheLayer:
             self._waiting = True
 
     def _look(self, queries: Queries | None) -> None:
+        self._recall()
         queries = self._joined(queries)
         self.store.state.copy_(self.config.policy.observe(self._seen(queries)))
         if self._window and queries is not None:
@@ -344,9 +352,6 @@ class CacheLayer:
         tokens = tokens.clamp(min=self.config.protected)  # a share of few tokens is less
         if bool((lengths.sum(1) <= tokens * lengths.shape[1]).all()):
             return
-        if self.archive is not None and self.archive.pages is not None:
-            self._recall()
-            seen = self._seen(None)
         rank = self._protected(self.config.policy.rank(seen, self.store.state), seen)
         counts = self.config.budget.per_head(rank, seen.starts, seen.lengths, tokens, self.layer)
         kept = torch.minimum(counts.cpu().long(), lengths)
@@ -424,8 +429,8 @@ class CacheLayer:
         self.require_croppable(n)
         if self.store.k is None:
             return
-        if n > int(self.store.lengths.min()):
-            self._recall()
+        if n and self.archive is not None and int(self.store.lengths.min()) - n < self.config.decode.recent:
+            self._recall()  # digests look at recent rows again
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n

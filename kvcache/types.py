@@ -169,6 +169,13 @@ class PageReader(Protocol):
         """An empty digest for a layer of the model, its bytes counted by ``meter``; None where none is needed."""
         ...
 
+    def exact(self, digest: PageDigest, pages: Tensor) -> Tensor | None:
+        """Which of the first ``pages`` (int64 ``[B, Hkv]``, host) of each run no other form of their keys will do for.
+
+        int32 ``[B, Hkv, m]`` numbers, -1 for none; None for none at all.
+        """
+        ...
+
     def choose(self, q: Tensor, lengths: Tensor, digest: PageDigest, first: Tensor | None = None, last: Tensor | None = None) -> Tensor | None:
         """int32 ``[B, Hkv, slots]``: numbers of the pages to read, ascending, -1 behind them; None for all.
 

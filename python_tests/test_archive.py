@@ -29,7 +29,7 @@ def _inference():
 
 def spread(model, tiers=TIERS[0], page: int = 4, **settings):
     """A cache that reads all pages, most of them from elsewhere."""
-    return kvcache.KVCache(model, CacheConfig(None, None, decode=AllPages(8 * page, page), tiers=tiers, **settings))
+    return kvcache.KVCache(model, CacheConfig(None, None, decode=AllPages(2 * page, page), tiers=tiers, **settings))
 
 
 def archived(cache) -> int:
@@ -165,6 +165,38 @@ def test_a_lost_page_stops_the_cache_until_it_is_reset(tmp_path):
         cache.reset()
         kvcache.prefill(model, ids[:1], cache, 24)
         assert torch.equal(model(ids[:1, :1], past_key_values=cache).logits, expected)
+
+
+def test_outliers_keep_their_keys_where_the_others_become_factors():
+    model, ids = tiny("Llama", max_position_embeddings=1024), tokens(2, 400)
+    with sparse_attn.patch(model, prefill="dense"):
+        settings = dict(budget=120, page=8, outliers=4, recent=8, dense_layers=())
+        plain = kvcache.make_cache(model, decode="landmarks", tiers=("device", "host"), **settings)
+        cache = kvcache.make_cache(model, decode="shadowkv", rank=1, **settings)
+        for each in (plain, cache):
+            kvcache.prefill(model, ids, each, 200)
+        step = model(ids[:, :1], past_key_values=cache).logits
+        archive, core = cache.layers[0].core.archive, cache.layers[0].core
+        odd = core.config.decode.exact(core.digest, archive.pages)
+        assert odd.shape == (2, 2, 4) and bool((odd >= 0).all())
+        wanted = torch.cat([odd, torch.full_like(odd[..., :1], 3)], 2)  # and one that is not
+        assert not bool((odd == 3).any())
+        for fetched in (lambda a: a, lambda a: a.copy(kvcache.store.Meter())):
+            region, whole = fetched(archive).fetch(wanted).wait(), plain.layers[0].core.archive.fetch(wanted).wait()
+            rows = [r.k[r.starts[..., None] + torch.arange(8)] for r in (region, whole)]
+            assert torch.equal(rows[0][:, :, :4], rows[1][:, :, :4])
+            assert (rows[0][:, :, 4] - rows[1][:, :, 4]).abs().max() > 0.1
+        piece = next(iter(archive.parts()))
+        first = [int(p) for p in odd[0, 0]]
+        whole = next(iter(plain.layers[0].core.archive.parts()))
+        for p in first:
+            assert torch.equal(piece.k[0, 0, 8 * p : 8 * p + 8], whole.k[0, 0, 8 * p : 8 * p + 8])
+        assert step.isfinite().all()
+        for layer in cache.layers:
+            layer.reorder_cache(torch.tensor([1, 1]))
+        cache.reset()
+        plain.reset()
+        assert sum(cache.report().tiers.values()) == sum(plain.report().tiers.values()) == 0
 
 
 @pytest.mark.parametrize("arguments, sentence", [

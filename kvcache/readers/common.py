@@ -55,6 +55,10 @@ class Reader:
         """Whether a layer of the model reads everything, and needs no digest."""
         return layer in self.dense_layers
 
+    def exact(self, digest: PageDigest, pages: Tensor) -> Tensor | None:
+        """See ``PageReader``."""
+        return None
+
     def best(self, score: Callable[[Tensor, Tensor], Tensor], q: Tensor, lengths: Tensor, digest: PageDigest, first: Tensor | None,
              last: Tensor | None, near: int = 0) -> Tensor | None:
         """What ``choose`` returns: the first pages, the newest ones, and the best of the others, as the budget allows.

@@ -27,7 +27,8 @@ class Landmarks(Reader):
     Attributes:
         budget: tokens per KV head that a step reads; whole pages, as many as fit.
         page: tokens of a page, counted from the first token that the head keeps.
-        outliers: pages of each KV head that are always read because their keys are least alike.
+        outliers: pages of each KV head that are always read because their keys are least alike; those of the prompt keep their
+            keys as they are where a codec makes factors of the others.
         recent: last tokens that are always read, besides the queries' own.
         reduce: how the heads that share keys become one: max, mean or sum of their softmax.
         dense_layers: indices of layers that read everything; the first ones attend too broadly to be cut.
@@ -54,9 +55,18 @@ class Landmarks(Reader):
 
         def soft(starts: Tensor, pages: Tensor) -> Tensor:
             rank = ops.row_score(q, digest.landmark, starts, pages, q.shape[3] ** -0.5, True, self.reduce, first, last)
-            most = torch.full_like(pages, self.outliers, dtype=torch.int32)
-            odd = ops.keep_top(-digest.likeness[:, 0], starts, pages, most, self.outliers)
+            odd = self._odd(digest, starts, pages)
             # above every share, below what is read in any case
             return rank.index_fill_(0, (starts[..., None] + odd)[odd >= 0], torch.finfo(rank.dtype).max)
 
         return self.best(soft, q, lengths, digest, first, last, self.recent)
+
+    def exact(self, digest: Digest, pages: Tensor) -> Tensor | None:
+        """The outliers, which a codec keeps as they are."""
+        device = digest.likeness.device
+        return self._odd(digest, digest.starts.to(device), pages.to(device)) if self.outliers else None
+
+    def _odd(self, digest: Digest, starts: Tensor, pages: Tensor) -> Tensor:
+        """The least alike of the first ``pages`` of each run, as numbers."""
+        most = torch.full_like(pages, self.outliers, dtype=torch.int32)
+        return ops.keep_top(-digest.likeness[:, 0], starts, pages, most, self.outliers)
