@@ -10,10 +10,12 @@ from .rows import contains, lower_bound, span
 CONFIGS = {
     80: dict(ROWS=128, KEYS=32, num_warps=8, num_stages=3),  # 64 keys spill
     90: dict(ROWS=128, KEYS=64, num_warps=8, num_stages=3),
+    120: dict(ROWS=128, KEYS=32, num_warps=8, num_stages=3),  # shared memory as sm_86
 }  # fmt: skip
 WIDE_CONFIGS = {  # more than 128 channels
     80: dict(ROWS=64, KEYS=32, num_warps=8, num_stages=2),
     90: dict(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
+    120: dict(ROWS=64, KEYS=32, num_warps=8, num_stages=2),
 }  # fmt: skip
 FLOAT32 = dict(ROWS=32, KEYS=32, num_warps=4, num_stages=1)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -135,7 +137,7 @@ def attend_lists(
     if near is not None:
         sink, local = tl.load(near + h * 2), tl.load(near + h * 2 + 1)
         blocks = (limit + BLOCK_K - 1) // BLOCK_K
-        sink_blocks = tl.minimum((tl.maximum(sink, 0) + BLOCK_K - 1) // BLOCK_K, blocks)
+        sink_blocks = (tl.minimum(tl.maximum(sink, 0), limit) + BLOCK_K - 1) // BLOCK_K
         local_from = tl.where(local > 0, tl.maximum(start + top - local + 1, 0) // BLOCK_K, blocks)
         local_from = tl.maximum(local_from, sink_blocks)
         for n in range(0, sink_blocks + tl.maximum(blocks - local_from, 0)):
