@@ -8,7 +8,7 @@ from .rows import span
 from .tiles import finite, soften
 
 # float32 products take no matrix instruction: unrolled over more channels, they spill
-TILES = dict(ROWS=32, COLUMNS=64, DEPTH=16, num_warps=4, num_stages=1)
+TILES = dict(ROWS=16, COLUMNS=64, DEPTH=16, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["q_blocks", "k_blocks", "n_q", "n_k", "q_start", "window", "heads", "per_key_head"])
