@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import test_mass_ops
+import test_ops
 import test_page_score
 import test_paged_attention
+import test_pooled_ops
+import test_read_plan
 import test_row_score
 import torch
 from conftest import skip_unless
@@ -36,8 +39,19 @@ here = pytest.mark.skipif(frame.interpreted(), reason="needs TRITON_INTERPRET un
 
 # -- numbers: what the tests of an op ask of every backend, on fewer cases ------------------------------------------------
 
+
+def small(case) -> bool:
+    """Few heads, in a dtype that the interpreter computes: it takes milliseconds for a tile."""
+    q = (case if isinstance(case, dict) else case[0])["q"]
+    return q.shape[0] * q.shape[1] <= 6 and q.dtype != torch.bfloat16
+
+
 ASKED = {
     "key_mass": (test_mass_ops.test_key_mass_is_as_accurate_as_torch, test_mass_ops.mass_cases(), 8),
+    "antidiagonal_score": (test_ops.test_antidiagonal_shares_equal_the_loop_over_token_pairs, test_ops.score_cases().filter(small), 4),
+    "block_sparse_attention": (test_read_plan.test_attention_reads_the_union_that_the_plan_names,
+                               test_read_plan.planned_cases().filter(small), 8),
+    "pooled_score": (test_pooled_ops.test_pooled_shares_equal_softmax_over_the_blocks_of_token_pairs, test_pooled_ops.pooled_cases(), 5),
     "page_score": (test_page_score.test_bounds_match_float64, test_page_score.score_cases(), 8),
     "row_score": (test_row_score.test_scores_match_float64, test_row_score.score_cases(), 8),
     "paged_attention": (test_paged_attention.test_pages_are_attended_as_accurately_as_torch_does,
@@ -91,8 +105,8 @@ def test_kernels_hold_under_the_interpreter():
 # -- compiled ahead of time -----------------------------------------------------------------------------------------------
 
 ARCHS = (80, 90, 100)
-# what a program of the GPUs with the least may have: sm_86, sm_89 and sm_120
-MOST_SHARED = 99 * 1024
+# what a program may have: sm_86 and sm_89 run what is pinned for 80, and have the least
+MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
          torch.bool: "i1"}  # fmt: skip
 
@@ -166,7 +180,7 @@ def test_every_kernel_compiles_without_spills_and_keeps_its_matrix_instruction(o
     for name, row in found.items():
         assert row["spilled"] == 0, f"{name} spills {row['spilled']} bytes"
         assert row["matrix"] == table[name]["matrix"], f"{name} multiplies with {row['matrix']}, not {table[name]['matrix']}"
-        assert row["shared"] <= MOST_SHARED, f"{name} takes {row['shared']} bytes of shared memory"
+        assert row["shared"] <= MOST_SHARED[int(name[name.rindex("_") + 1 :])], f"{name} takes {row['shared']} bytes of shared memory"
         assert row["registers"] <= 1.25 * table[name]["registers"] + 8, f"{name} takes {row['registers']} registers: {table[name]}"
 
 
@@ -197,7 +211,8 @@ def test_cpu_tensors_are_refused_and_triton_is_not_imported():
 @interpreted
 def test_what_the_interpreter_gets_wrong_is_refused():
     for op in OPS_SERVED:
-        assert "which the interpreter gets wrong" in OPS[op].explain(*plain_args(op, torch.bfloat16))["triton"]
+        args = plain_args(op, torch.bfloat16)
+        assert args[0].dtype == torch.float32 or "which the interpreter gets wrong" in OPS[op].explain(*args)["triton"]
 
 
 def test_wide_rows_and_mixed_devices_are_refused():
