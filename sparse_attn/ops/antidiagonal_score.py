@@ -10,6 +10,7 @@ from . import native
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import Span, spans
+from .triton import frame
 
 
 def _fold(x: Tensor, stride: int) -> Tensor:
@@ -134,4 +135,12 @@ def _shares(q, k, block_q, block_k, *rest):
     return q.new_empty(*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=torch.float32)
 
 
+def _tiles_lack(q, k, block_q, block_k, stride, *rest):
+    groups, blocks = block_k // stride, -(-k.shape[2] // block_k)
+    if groups > 128:
+        return f"needs at most 128 groups of stride={stride} per key block, got {groups}"
+    return f"needs at most 8192 key blocks, got {blocks}" if blocks > 8192 else frame.needs_width(q, k)
+
+
 native.add(antidiagonal_score, _shares, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(antidiagonal_score, _shares, _tiles_lack)

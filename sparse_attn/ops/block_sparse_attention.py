@@ -11,6 +11,7 @@ from .attend import attend, empty_outputs
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import Span, spans
+from .triton import frame
 
 
 def _visible(q_pos: Tensor, k_pos: Tensor, causal: bool, window: int) -> Tensor:
@@ -221,3 +222,4 @@ def _outputs(q, k, v, *rest, **named):
 
 
 native.add(block_sparse_attention, _outputs, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(block_sparse_attention, _outputs, frame.needs_width)

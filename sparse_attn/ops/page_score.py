@@ -9,6 +9,7 @@ from ..errors import require
 from . import native
 from .registry import op
 from .runs import REDUCE, require_reduce, require_runs, runs
+from .triton import frame
 
 
 @op
@@ -76,3 +77,4 @@ def _needs(isa, q, low, *rest):
 
 
 native.add(page_score, _score, _needs)
+frame.add(page_score, _score, frame.needs_width)

@@ -10,6 +10,7 @@ from . import native
 from .attend import attend, empty_outputs
 from .contract import DTYPES
 from .registry import op
+from .triton import frame
 
 
 def _listed(starts: Tensor, counts: Tensor) -> Tensor:
@@ -133,3 +134,4 @@ def _needs(isa, q, k, v, *rest):
 
 
 native.add(paged_attention, _outputs, _needs)
+frame.add(paged_attention, _outputs, frame.needs_width)

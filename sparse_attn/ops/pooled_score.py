@@ -10,6 +10,7 @@ from . import native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
+from .triton import frame
 
 
 @op
@@ -78,3 +79,4 @@ def _shares(q_pooled, k_pooled, scale, *rest, **named):
 
 
 native.add(pooled_score, _shares)
+frame.add(pooled_score, _shares, frame.needs_width)

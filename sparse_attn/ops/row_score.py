@@ -9,6 +9,7 @@ from ..errors import require
 from . import native
 from .registry import op
 from .runs import REDUCE, require_reduce, require_runs, runs
+from .triton import frame
 
 
 @op
@@ -72,3 +73,4 @@ def _score(q, rows, *rest, **named):
 
 
 native.add(row_score, _score, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(row_score, _score, frame.needs_width)

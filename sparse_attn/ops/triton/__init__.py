@@ -1,0 +1,1 @@
+"""Triton kernels, one module per op; ``frame`` gives an op its backend, nothing else here is imported before one runs."""

@@ -1,0 +1,210 @@
+"""block_sparse_attention: one program per tile of query rows walks its list, then what columns, near and dense rows add."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import frame
+from .rows import contains, lower_bound, span
+
+CONFIGS = {
+    80: dict(ROWS=128, KEYS=32, num_warps=8, num_stages=3),  # 64 keys spill
+    90: dict(ROWS=128, KEYS=64, num_warps=8, num_stages=3),
+    120: dict(ROWS=128, KEYS=32, num_warps=8, num_stages=3),  # shared memory as sm_86
+}  # fmt: skip
+WIDE_CONFIGS = {  # more than 128 channels
+    80: dict(ROWS=64, KEYS=32, num_warps=8, num_stages=2),
+    90: dict(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
+    120: dict(ROWS=64, KEYS=32, num_warps=8, num_stages=2),
+}  # fmt: skip
+FLOAT32 = dict(ROWS=32, KEYS=32, num_warps=4, num_stages=1)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _step(m, l, acc, q, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D: tl.constexpr, DV: tl.constexpr,
+          SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """One tile of keys into the running maximum (base 2), sum and values; ``there`` may be read, ``seen`` counts."""
+    d, dv = tl.arange(0, q.shape[1]), tl.arange(0, acc.shape[1])
+    at = key.to(tl.int64)[:, None]
+    k_at, v_at = k + at * k_row + d[None, :] * k_col, v + at * v_row + dv[None, :] * v_col
+    if MASKED:
+        keys = tl.load(k_at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        values = tl.load(v_at, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
+    else:
+        keys = tl.load(k_at) if q.shape[1] == D else tl.load(k_at, mask=(d < D)[None, :], other=0.0)
+        values = tl.load(v_at) if acc.shape[1] == DV else tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
+    logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    if SOFTCAP:
+        # tanh by sigmoid: the interpreter has no tanh
+        logits = softcap * (2 * tl.sigmoid(2 * (logits * (scale / softcap))) - 1) * LOG2E
+    else:
+        logits = logits * (scale * LOG2E)
+    if MASKED:
+        logits = tl.where(seen, logits, float("-inf"))
+    new = tl.maximum(m, tl.max(logits, 1))
+    level = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(logits - level[:, None]).to(values.dtype)
+    shrink = tl.exp2(m - level)
+    l = l * shrink + tl.sum(p.to(tl.float32), 1)
+    acc = tl.dot(p, values, acc * shrink[:, None], input_precision="ieee")
+    return new, l, acc
+
+
+@triton.jit
+def _visible(q_pos, key, there, takes, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """bool ``[rows, keys]``: which query sees which key by position; ``takes`` are the rows that ask."""
+    seen = there[None, :] & takes[:, None]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= q_pos[:, None])
+    if WINDOW:
+        seen = seen & (key[None, :] > q_pos[:, None] - window)
+    return seen
+
+
+_NUMBERS = ["n_q", "n_k", "q_start", "window", "dense_rows", "heads", "group", "per_list", "per_column", "n_columns", "steps"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def attend_lists(
+    q, k, v, out, lse, counts, indices, first, last, sinks, columns, near, order,
+    q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
+    counts_batch, counts_list, counts_block, indices_batch, indices_list, indices_block,
+    n_q, n_k, q_start, window, dense_rows, heads, group, per_list, per_column, n_columns, steps, scale, softcap,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDE_D: tl.constexpr, WIDE_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    # heads run fastest, so that those that share keys run together; the longest lists, at the end, start first
+    TILES: tl.constexpr = (BLOCK_K + KEYS - 1) // KEYS
+    SPLIT: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS
+    h, b, tile = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.num_programs(1) - 1 - tl.program_id(1)
+    block, part = tile // SPLIT, (tile % SPLIT) * ROWS
+    r0, rows, k0, keys, start = span(first, last, b, n_q, n_k, q_start, CAUSAL)
+    row = block * BLOCK_Q + part + tl.arange(0, ROWS)
+    mine = (part + tl.arange(0, ROWS) < BLOCK_Q) & (row < rows)
+    q_pos = start + row
+    top = block * BLOCK_Q + part  # rows of this tile: top <= row < end
+    end = tl.minimum(block * BLOCK_Q + tl.minimum(part + ROWS, BLOCK_Q), rows)
+    if top >= rows:
+        return
+    kv_head = (h // group).to(tl.int64)
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    k += b64 * k_batch + kv_head * k_head + (k0 + n_k * 0).to(tl.int64) * k_row
+    v += b64 * v_batch + kv_head * v_head + (k0 + n_k * 0).to(tl.int64) * v_row
+    d, dv = tl.arange(0, WIDE_D), tl.arange(0, WIDE_DV)
+    q_at = q + b64 * q_batch + h64 * q_head + (r0 + row).to(tl.int64)[:, None] * q_row + d[None, :] * q_col
+    queries = tl.load(q_at, mask=mine[:, None] & (d < D)[None, :], other=0.0)
+    head_list = (h // per_list).to(tl.int64)
+    count = tl.load(counts + b64 * counts_batch + head_list * counts_list + block * counts_block)
+    listed = indices + b64 * indices_batch + head_list * indices_list + block.to(tl.int64) * indices_block
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:
+        m = tl.zeros([ROWS], tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2E
+        l += 1.0
+    acc = tl.zeros([ROWS, WIDE_DV], tl.float32)
+    lane = tl.arange(0, KEYS)
+    limit = tl.minimum(keys, start + end) if CAUSAL else keys  # keys that some row of this tile may see
+    oldest = tl.maximum(start + top - window + 1, 0) if WINDOW else 0
+    plain, dense_tile = mine, False
+    if DENSE:
+        plain, dense_tile = mine & (row < rows - dense_rows), end > rows - dense_rows
+
+    lowest, highest = 0, count
+    if order is None:
+        highest = lower_bound(listed, count, steps, (limit + BLOCK_K - 1) // BLOCK_K)
+        if WINDOW:
+            lowest = lower_bound(listed, count, steps, oldest // BLOCK_K)
+        if not WINDOW and BLOCK_K % KEYS == 0:
+            whole = lower_bound(listed, count, steps, (tl.minimum(keys, start + top + 1) if CAUSAL else keys) // BLOCK_K)
+            if DENSE:
+                whole = tl.where(dense_tile, 0, whole)
+            for t in range(0, whole * TILES):
+                key = tl.load(listed + t // TILES) * BLOCK_K + (t % TILES) * KEYS + lane
+                m, l, acc = _step(m, l, acc, queries, k, v, key, None, None, k_row, k_col, v_row, v_col, scale, softcap, D, DV,
+                                  SOFTCAP, False)
+            lowest = whole
+    for t in range(lowest * TILES, highest * TILES):
+        within = (t % TILES) * KEYS + lane
+        key = tl.load(listed + t // TILES) * BLOCK_K + within
+        there = (within < BLOCK_K) & (key < keys)
+        if order is not None:
+            key = tl.load(order + (b64 * (heads // group) + kv_head) * n_k + key, mask=there, other=0)
+        seen = _visible(q_pos, key, there, plain, window, CAUSAL, WINDOW)
+        m, l, acc = _step(m, l, acc, queries, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV, SOFTCAP, True)
+
+    if near is not None:
+        sink, local = tl.load(near + h * 2), tl.load(near + h * 2 + 1)
+        blocks = (limit + BLOCK_K - 1) // BLOCK_K
+        sink_blocks = (tl.minimum(tl.maximum(sink, 0), limit) + BLOCK_K - 1) // BLOCK_K
+        local_from = tl.where(local > 0, tl.maximum(start + top - local + 1, 0) // BLOCK_K, blocks)
+        local_from = tl.maximum(local_from, sink_blocks)
+        for n in range(0, sink_blocks + tl.maximum(blocks - local_from, 0)):
+            j = tl.where(n < sink_blocks, n, local_from + n - sink_blocks)
+            for t in range(0, tl.where(contains(listed, count, steps, j), 0, TILES)):
+                within = t * KEYS + lane
+                key = j * BLOCK_K + within
+                there = (within < BLOCK_K) & (key < keys)
+                seen = _visible(q_pos, key, there, plain, window, CAUSAL, WINDOW)
+                seen = seen & ((key < sink)[None, :] | (q_pos[:, None] - key[None, :] < local))
+                m, l, acc = _step(m, l, acc, queries, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV,
+                                  SOFTCAP, True)
+
+    if columns is not None:
+        line = columns + (b64 * (heads // per_column) + h // per_column) * n_columns
+        for c in range(0, n_columns, KEYS):
+            key = tl.load(line + c + lane, mask=c + lane < n_columns, other=-1)
+            there = (key >= 0) & (key < limit)
+            if tl.max(there.to(tl.int32), 0) > 0:
+                # what a listed block holds was read with it
+                there = there & (contains(listed, count, steps, key // BLOCK_K) == 0)
+                seen = _visible(q_pos, key, there, plain, window, CAUSAL, WINDOW)
+                if near is not None:
+                    seen = seen & (key >= sink)[None, :] & (q_pos[:, None] - key[None, :] >= local)
+                m, l, acc = _step(m, l, acc, queries, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV,
+                                  SOFTCAP, True)
+
+    if DENSE:
+        for t in range(oldest // KEYS, tl.where(dense_tile, (limit + KEYS - 1) // KEYS, 0)):
+            key = t * KEYS + lane
+            seen = _visible(q_pos, key, key < limit, row >= rows - dense_rows, window, CAUSAL, WINDOW)
+            m, l, acc = _step(m, l, acc, queries, k, v, key, key < limit, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV,
+                              SOFTCAP, True)
+
+    nothing = l == 0
+    result = acc / tl.where(nothing, 1.0, l)[:, None]
+    total = tl.where(nothing, float("-inf"), (m + tl.log2(tl.where(nothing, 1.0, l))) / LOG2E)
+    out_row = (b64 * n_q + r0 + row) * heads + h  # out is laid out as [B, Nq, H, Dv]
+    tl.store(out + out_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), mask=mine[:, None] & (dv < DV)[None, :])
+    tl.store(lse + (b64 * heads + h) * n_q + r0 + row, total, mask=mine)
+
+
+def tiles(q: torch.Tensor, wide: int, block_q: int, block_k: int) -> dict[str, int]:
+    """Rows and keys of a tile, warps and stages, for channels padded to ``wide``: at most those pinned, no larger than a block."""
+    known = FLOAT32 if q.dtype == torch.float32 else frame.pinned(CONFIGS if wide <= 128 else WIDE_CONFIGS, q.device)
+    rows, keys = min(known["ROWS"], frame.power(block_q)), min(known["KEYS"], frame.power(block_k))
+    return known | {"ROWS": rows, "KEYS": keys, "num_warps": min(known["num_warps"], max(4, rows // 16))}
+
+
+def run(out, lse, q, k, v, counts, indices, block_q, block_k, scale, q_start, causal, window, softcap, first, last, sinks, columns,
+        near, dense_rows, order, pv_threshold) -> None:
+    """As ``sparse_attn.ops.block_sparse_attention``; ``pv_threshold`` leaves nothing out."""
+    (batch, heads, n_q, dim), n_k, value_dim = q.shape, k.shape[2], v.shape[3]
+    if causal and (first is not None or last is not None):
+        out.zero_()
+        lse.fill_(float("-inf"))
+    wide_d, wide_dv = frame.power(dim), frame.power(value_dim)
+    shape = tiles(q, max(wide_d, wide_dv), block_q, block_k)
+    columns, near, order, sinks = (t.contiguous() if t is not None else None for t in (columns, near, order, sinks))
+    indices = indices if indices.stride(3) == 1 else indices.contiguous()
+    programs = heads * batch, triton.cdiv(n_q, block_q) * triton.cdiv(block_q, shape["ROWS"])
+    frame.launch(
+        attend_lists, programs, q, k, v, out, lse, counts, indices, first, last, sinks, columns, near, order,
+        *q.stride(), *k.stride(), *v.stride(), *counts.stride(), *indices.stride()[:3],
+        n_q, n_k, q_start, window, dense_rows, heads, heads // k.shape[1], heads // counts.shape[1],
+        heads // columns.shape[1] if columns is not None else 1, columns.shape[2] if columns is not None else 0,
+        indices.shape[3].bit_length(), float(scale), float(softcap),
+        BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, DV=value_dim, WIDE_D=wide_d, WIDE_DV=wide_dv, CAUSAL=causal, WINDOW=window > 0,
+        SOFTCAP=softcap > 0, DENSE=dense_rows > 0, **shape,
+    )  # fmt: skip
