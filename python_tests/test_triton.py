@@ -3,6 +3,7 @@
 ``PYTHONPATH=. python python_tests/test_triton.py`` writes triton_table.json anew, what the compiler made of every kernel.
 """
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import test_mass_ops
 import test_ops
 import test_page_score
 import test_paged_attention
@@ -21,6 +23,7 @@ import test_row_score
 import torch
 from conftest import skip_unless
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows import plain_args
 
 from sparse_attn.__main__ import typical
@@ -44,6 +47,7 @@ def small(case) -> bool:
 
 
 ASKED = {
+    "key_mass": (test_mass_ops.test_key_mass_is_as_accurate_as_torch, test_mass_ops.mass_cases(), 8),
     "antidiagonal_score": (test_ops.test_antidiagonal_shares_equal_the_loop_over_token_pairs,
                            test_ops.score_cases().filter(small), 4),
     "block_sparse_attention": (test_read_plan.test_attention_reads_the_union_that_the_plan_names,
@@ -63,9 +67,10 @@ def test_a_kernel_is_as_accurate_as_torch(op):
     ask, cases, examples = ASKED[op]
 
     @settings(max_examples=examples)
-    @given(case=cases)
-    def held(case):
-        ask.hypothesis.inner_test("triton", case)
+    @given(case=cases, data=st.data())
+    def held(case, data):
+        more = {"data": data} if "data" in inspect.signature(ask.hypothesis.inner_test).parameters else {}
+        ask.hypothesis.inner_test("triton", case, **more)
 
     held()
 
@@ -79,6 +84,13 @@ def test_a_kernel_agrees_with_the_reference(op, dtype):
     with use_backend("triton"):
         found = OPS[op](*args)
     torch.testing.assert_close(found, OPS[op].reference(*args), atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=1e-3)
+
+
+@interpreted
+def test_a_key_that_a_plan_names_twice_counts_once():
+    plan = dict(columns=torch.arange(100, 160).int()[None, None], near=torch.tensor([[0, 40], [120, 1]], dtype=torch.int32),
+                dense_rows=50)
+    test_read_plan.test_long_plans_are_read_whole("triton", plan, 0)
 
 
 @interpreted
@@ -119,15 +131,15 @@ def calls(op: str) -> list[tuple]:
     return [usual]
 
 
-def launches(op: str, arch: int) -> dict[str, tuple]:
-    """Every kernel that the calls of an op launch on an architecture, with its arguments."""
+def launches(op: str, args: list[tuple], arch: int) -> dict[str, tuple]:
+    """Every kernel that these calls of an op launch on an architecture, with its arguments."""
     found = {}
     kept = frame.launch, frame.arch, frame.processors
     frame.launch = lambda kernel, grid, *args, **named: found.setdefault(
         f"{op} {kernel.__name__}" + (f" of {named['ROWS']} rows" if "ROWS" in named else ""), (kernel, args, named))
     frame.arch, frame.processors = lambda device: arch, lambda device: 132
     try:
-        for call in calls(op):
+        for call in args:
             OPS[op].backends[OPS[op].names.index("triton")].run(*OPS[op]._bind(call, {}))
     finally:
         frame.launch, frame.arch, frame.processors = kept
@@ -164,7 +176,7 @@ def compiled(kernel, args: tuple, named: dict, arch: int) -> dict:
 
 def built(op: str) -> dict[str, dict]:
     """Rows of the table: kernel and architecture."""
-    return {f"{name} sm_{arch}": compiled(*launch, arch) for arch in ARCHS for name, launch in launches(op, arch).items()}
+    return {f"{name} sm_{arch}": compiled(*launch, arch) for arch in ARCHS for name, launch in launches(op, calls(op), arch).items()}
 
 
 @here
@@ -180,6 +192,16 @@ def test_every_kernel_compiles_without_spills_and_keeps_its_matrix_instruction(o
         assert row["matrix"] == table[name]["matrix"], f"{name} multiplies with {row['matrix']}, not {table[name]['matrix']}"
         assert row["shared"] <= MOST_SHARED[int(name[name.rindex("_") + 1 :])], f"{name} takes {row['shared']} bytes of shared memory"
         assert row["registers"] <= 1.25 * table[name]["registers"] + 8, f"{name} takes {row['registers']} registers: {table[name]}"
+
+
+@here
+@pytest.mark.skipif(frame.missing() is not None, reason=str(frame.missing()))
+@pytest.mark.parametrize("op", OPS_SERVED)
+def test_every_option_compiles(op):
+    """Padding bounds, sinks, biases and softcaps are branches that the compiler sees only when they are given."""
+    args = tuple(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in plain_args(op, torch.bfloat16))
+    for name, launch in launches(op, [args], 90).items():
+        assert compiled(*launch, 90)["spilled"] == 0, name
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------------

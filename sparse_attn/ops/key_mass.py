@@ -9,6 +9,7 @@ from ..errors import require
 from . import native
 from .registry import op
 from .runs import REDUCE, logits, require_reduce, require_runs, runs
+from .triton import frame
 
 
 @op
@@ -77,3 +78,11 @@ def _mass(q, k, *rest, **named):
 
 
 native.add(key_mass, _mass, lambda isa, q, *rest: native.needs_dtype(q))
+
+
+def _unserved(q, k, *rest):
+    strided = k.shape[1] > 1 and k.stride(1) != 1
+    return f"needs k contiguous in its last dimension, got stride {k.stride(1)}" if strided else frame.needs_width(q, k)
+
+
+frame.add(key_mass, _mass, _unserved)

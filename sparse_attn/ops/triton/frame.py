@@ -134,7 +134,7 @@ def power(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def edges(group: int, n_q: int) -> tuple[int, int]:
-    """Heads and queries of one tile of queries, 16 rows at least and seldom more."""
+def edges(group: int, n_q: int, most: int = 16) -> tuple[int, int]:
+    """Heads and queries of one tile of queries: 16 rows at least, and no more than ``most`` unless there are more heads."""
     heads = power(group, 1)
-    return heads, max(power(min(n_q, 16), 1), 16 // heads, 1)
+    return heads, max(min(power(n_q, 1), most // heads), 16 // heads, 1)
