@@ -88,7 +88,7 @@ def test_a_kernel_agrees_with_the_reference(op, dtype):
 
 @interpreted
 def test_a_key_that_a_plan_names_twice_counts_once():
-    plan = dict(columns=torch.arange(100, 160).int()[None, None], near=torch.tensor([[0, 40], [120, 1]], dtype=torch.int32),
+    plan = dict(columns=torch.arange(190, 250).int()[None, None], near=torch.tensor([[0, 40], [120, 1]], dtype=torch.int32),
                 dense_rows=50)
     test_read_plan.test_long_plans_are_read_whole("triton", plan, 0)
 
