@@ -48,10 +48,12 @@ def small(case) -> bool:
 
 ASKED = {
     "key_mass": (test_mass_ops.test_key_mass_is_as_accurate_as_torch, test_mass_ops.mass_cases(), 8),
-    "antidiagonal_score": (test_ops.test_antidiagonal_shares_equal_the_loop_over_token_pairs, test_ops.score_cases().filter(small), 4),
+    "antidiagonal_score": (test_ops.test_antidiagonal_shares_equal_the_loop_over_token_pairs,
+                           test_ops.score_cases().filter(small), 4),
     "block_sparse_attention": (test_read_plan.test_attention_reads_the_union_that_the_plan_names,
                                test_read_plan.planned_cases().filter(small), 8),
-    "pooled_score": (test_pooled_ops.test_pooled_shares_equal_softmax_over_the_blocks_of_token_pairs, test_pooled_ops.pooled_cases(), 5),
+    "pooled_score": (test_pooled_ops.test_pooled_shares_equal_softmax_over_the_blocks_of_token_pairs,
+                     test_pooled_ops.pooled_cases(), 5),
     "page_score": (test_page_score.test_bounds_match_float64, test_page_score.score_cases(), 8),
     "row_score": (test_row_score.test_scores_match_float64, test_row_score.score_cases(), 8),
     "paged_attention": (test_paged_attention.test_pages_are_attended_as_accurately_as_torch_does,
@@ -82,6 +84,13 @@ def test_a_kernel_agrees_with_the_reference(op, dtype):
     with use_backend("triton"):
         found = OPS[op](*args)
     torch.testing.assert_close(found, OPS[op].reference(*args), atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=1e-3)
+
+
+@interpreted
+def test_a_key_that_a_plan_names_twice_counts_once():
+    plan = dict(columns=torch.arange(190, 250).int()[None, None], near=torch.tensor([[0, 40], [120, 1]], dtype=torch.int32),
+                dense_rows=50)
+    test_read_plan.test_long_plans_are_read_whole("triton", plan, 0)
 
 
 @interpreted
@@ -156,11 +165,12 @@ def compiled(kernel, args: tuple, named: dict, arch: int) -> dict:
     signature, constants, attrs = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         value = values[name]
-        if kernel.params[at].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not kernel.params[at].do_not_specialize
+        if kernel.params[at].is_constexpr or value is None or (special and value == 1):
             signature[name], constants[(at,)] = "constexpr", value
             continue
         signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attrs[(at,)] = [["tt.divisibility", 16]]
     built = triton.compile(ASTSource(kernel, signature, constants, attrs), target=GPUTarget("cuda", arch, 32), options=options)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

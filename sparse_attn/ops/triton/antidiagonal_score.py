@@ -70,8 +70,8 @@ def block_sums(
         r, d = step // PIECES, (step % PIECES) * DEPTH + depth
         t = u * STRIDE + (2 * STRIDE - 1 - r - turn) % STRIDE
         p = w * STRIDE + r
-        queries = tl.load(q + (r0 + t).to(tl.int64)[:, None] * q_row + d[None, :] * q_col, mask=(t < rows)[:, None] & (d < D)[None, :],
-                          other=0.0)
+        queries = tl.load(q + (r0 + t).to(tl.int64)[:, None] * q_row + d[None, :] * q_col,
+                          mask=(t < rows)[:, None] & (d < D)[None, :], other=0.0)
         cols = tl.load(k + (k0 + p).to(tl.int64)[:, None] * k_row + d[None, :] * k_col,
                        mask=(within & (p < keys))[:, None] & (d < D)[None, :], other=0.0)
         logits = tl.dot(queries, tl.trans(cols), logits, input_precision="ieee")
@@ -124,8 +124,8 @@ def run(out, q, k, block_q, block_k, stride, scale, q_start, causal, window, alt
         blocks = min(most, q_blocks - begin)
         groups = blocks * per_q
         grid = triton.cdiv(k_blocks, config["COLUMNS"] // wide), triton.cdiv(groups, config["ROWS"]), batch * heads
-        frame.launch(block_sums, grid, q, k, sums, first, last, *q.stride(), *k.stride(), begin * per_q, groups, n_q, n_k, q_start, window,
-                     heads, heads // k.shape[1], k_blocks, float(scale), STRIDE=stride, BLOCK=per_k, WIDE_BLOCK=wide, CAUSAL=causal,
+        frame.launch(block_sums, grid, q, k, sums, first, last, *q.stride(), *k.stride(), begin * per_q, groups, n_q, n_k, q_start,
+                     window, heads, heads // k.shape[1], k_blocks, float(scale), STRIDE=stride, BLOCK=per_k, WIDE_BLOCK=wide, CAUSAL=causal,
                      WINDOW=window > 0, ALTERNATE=alternate, D=dim, **config)
         frame.launch(shares, (blocks, batch * heads), sums, out, groups, begin, q_blocks, k_blocks, BLOCK=per_q,
                      WIDTH=frame.power(k_blocks), num_warps=4)

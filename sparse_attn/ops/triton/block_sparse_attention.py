@@ -132,7 +132,8 @@ def attend_lists(
         if order is not None:
             key = tl.load(order + (b64 * (heads // group) + kv_head) * n_k + key, mask=there, other=0)
         seen = _visible(q_pos, key, there, plain, window, CAUSAL, WINDOW)
-        m, l, acc = _step(m, l, acc, queries, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV, SOFTCAP, True)
+        m, l, acc = _step(m, l, acc, queries, k, v, key, there, seen, k_row, k_col, v_row, v_col, scale, softcap, D, DV, SOFTCAP,
+                          True)
 
     if near is not None:
         sink, local = tl.load(near + h * 2), tl.load(near + h * 2 + 1)

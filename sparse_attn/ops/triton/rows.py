@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def span(first, last, b, n_q, n_k, q_start, CAUSAL: tl.constexpr):
-    """``ops.spans`` of row ``b``: its first real query row, their number, first real key, their number, position of the first query."""
+    """``ops.spans`` of row ``b``: first real query row, their number, first real key, their number, position of the first query."""
     low, high = 0, n_k
     if first is not None:
         low = tl.maximum(tl.load(first + b), 0)
