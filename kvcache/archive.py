@@ -152,8 +152,8 @@ class Archive:
 
     # -- coming and going -------------------------------------------------------------------------------------------------------
 
-    def take(self, store: Store, leave: int) -> None:
-        """Move the first whole pages of each run of ``store`` here, all but its last ``leave`` tokens at the least.
+    def take(self, store: Store, leave: int | Tensor) -> None:
+        """Move the first whole pages of each run of ``store`` here, all but its last ``leave`` tokens (``[B, Hkv]``) at the least.
 
         Raises:
             CapacityError: if the last tier is full; the store has them still.

@@ -507,6 +507,8 @@ class CacheLayer:
             return {}, {}
         facts = {"columns": self.n_columns} | {name: getattr(self, f"_{name}") for name in _FACTS} | {"recording": self.recording}
         tensors = self._whole() | {"n_seen": self.n_seen, "n_new": self._n_new}
+        if self.archive is not None and self.archive.pages is not None:
+            tensors["gone"] = self.archive.tokens
         if self.digest is not None:
             tensors |= {f"digest_{name}": t for name in self.digest.learned if (t := getattr(self.digest, name)) is not None}
         if self._tail is not None:
@@ -527,10 +529,13 @@ class CacheLayer:
         self.n_seen, self._n_new = (tensors.pop(name).cpu() for name in ("n_seen", "n_new"))
         if self.digest is not None:
             self.digest.recall({name: t for name in self.digest.learned if (t := tensors.pop(f"digest_{name}", None)) is not None})
+        gone = tensors.pop("gone", None)
         self.store.fill(tensors, self.n_seen)
         self._follow()
-        if self.archive is not None and self.config.policy is None:
-            self.archive.take(self.store, self.config.decode.recent)
+        if self.archive is not None and gone is not None:
+            require(gone.shape == self.store.lengths.shape, f"tokens that had left the store are {tuple(gone.shape)}, for runs "
+                    f"{tuple(self.store.lengths.shape)}")
+            self.archive.take(self.store, self.store.lengths - gone.cpu())
             self.store.shrink()
         self.n_columns, self.recording = facts["columns"], facts["recording"]
         for name in _FACTS:

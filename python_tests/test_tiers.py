@@ -292,7 +292,7 @@ def test_a_child_process_does_not_touch_the_pools_of_its_parent(backend, tmp_pat
 def test_a_system_without_memory_loses_nothing(backend):
     pools = Pools(("device", "host"), backend=backend)
     pool = pools.of(SIZE)
-    ids, big = pool.write(pages(3)), torch.zeros(50_000, SIZE, dtype=torch.uint8)
+    ids, big = pool.write(pages(3)), torch.zeros(5, 10_000 * SIZE, dtype=torch.uint8)  # no page of it fits a hole of the heap
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -300,7 +300,7 @@ def test_a_system_without_memory_loses_nothing(backend):
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, limits[1]))
     try:
         with pytest.raises(CapacityError, match="the host tier cannot get 204,800,000 bytes of memory: Cannot allocate memory"):
-            pool.write(big)
+            pools.of(big.shape[1]).write(big)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert pools.counts() == before
