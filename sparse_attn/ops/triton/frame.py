@@ -25,6 +25,8 @@ from ..registry import Op
 OLDEST = (3, 6)
 OLDEST_ARCH = 80
 WIDEST = 256  # channels of a row
+# the default differs between 3.6 and 3.9
+OPTIONS = dict(enable_fp_fusion=True)
 # a stand-in for a GPU's: few, so that tests meet every loop
 _INTERPRETED_PROCESSORS = 8
 
@@ -67,8 +69,9 @@ def why_not(*args) -> str | None:
     if refusal is not None:
         return refusal
     if interpreted():
-        wrong = args[0].dtype == torch.bfloat16
-        return "needs float16 or float32 under TRITON_INTERPRET=1, got bfloat16, which the interpreter gets wrong" if wrong else None
+        if args[0].dtype == torch.bfloat16:
+            return "needs float16 or float32 under TRITON_INTERPRET=1, got bfloat16, which the interpreter gets wrong"
+        return None
     if torch.version.hip:
         return f"needs an NVIDIA GPU, got ROCm {torch.version.hip}"
     found = arch(args[0].device)
@@ -115,7 +118,7 @@ def pinned(table: dict[int, dict[str, int]], device: torch.device) -> dict[str, 
 def launch(kernel: Any, grid: tuple[int, ...], *args, **named) -> None:
     """Run a kernel on the current stream, unless there is nothing to do."""
     if all(grid):
-        kernel[grid](*args, **named)
+        kernel[grid](*args, **named, **OPTIONS)
 
 
 def power(n: int, least: int = 16) -> int:
