@@ -3,7 +3,6 @@
 // The wanted pages go into a hash table, as the place where each is first named; every slot looks its page up there. Slots stand in the
 // order in which they were last wanted, so that those to take, those that stay and those that go to the end are found by counting.
 // Never run on a GPU.
-#include "../ops.h"
 #include "simt.h"
 
 namespace SA_NAMESPACE {
@@ -32,10 +31,10 @@ struct Shared {
   }
 };
 
-SA_DEVICE inline int bucket(int id, int size) { return int(uint32_t(id) * 2654435769u >> 7) & (size - 1); }
+SA_DEVICE int bucket(int id, int size) { return int(uint32_t(id) * 2654435769u >> 7) & (size - 1); }
 
 // Where a page is first named, -1 for nowhere.
-SA_DEVICE inline int named_at(const Shared& s, int id, int size) {
+SA_DEVICE int named_at(const Shared& s, int id, int size) {
   for (int b = bucket(id, size);; b = (b + 1) & (size - 1)) {
     const int i = s.table[b];
     if (i < 0 || s.wanted[i] == id) return i;
@@ -43,7 +42,7 @@ SA_DEVICE inline int named_at(const Shared& s, int id, int size) {
 }
 
 // The sum over the threads below, and of all in ``total``; every thread of the block comes here.
-SA_DEVICE inline int sum_below(const Shared& s, int x, int* total) {
+SA_DEVICE int sum_below(const Shared& s, int x, int* total) {
   int upto = x;
   for (int n = 1; n < 32; n *= 2) {
     const int below = shuffle_up(upto, n);
@@ -126,7 +125,7 @@ SA_GLOBAL(kThreads) void place(const PlacePages a) {
 }  // namespace
 
 void place_pages(const PlacePages& args, const Stream& stream) {
-  if (args.runs > 0) launch<place>(Grid{int(args.runs), 1, 1}, kThreads, Shared::bytes(args.m, args.slots), stream, args);
+  launch<place>(Grid{args.runs}, kThreads, Shared::bytes(args.m, args.slots), stream, args);
 }
 
 }  // namespace SA_NAMESPACE

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import cuda
 from .registry import op
 
 
@@ -25,7 +26,8 @@ def gather_pages(rows: Tensor, pages: Tensor, sources: Tensor, targets: Tensor) 
 
     Raises:
         ContractError: on mismatched shapes, dtypes or devices; (on CPU) on a row that does not exist or is the target of two, and (on
-            CUDA) if pages are in memory of the host that is not page-locked. Nothing was written then.
+            CUDA) if pages are in memory of the host that is not page-locked. Nothing was written then. On CUDA an entry that names no
+            row moves nothing.
     """
     there = sources >= 0
     source, target = sources[there], targets[there]
@@ -53,3 +55,11 @@ def _(rows, pages, sources, targets):
 @gather_pages.fake
 def _nothing(rows, pages, sources, targets):
     return None
+
+
+def _page_locked(rows, pages, sources, targets) -> str | None:
+    # whether host memory is locked is no part of a call's shape: the kernel asks the driver
+    return None if rows.is_cuda or pages.device == rows.device else f"needs pages on {rows.device}, got {pages.device}"
+
+
+cuda.add(gather_pages, _nothing, _page_locked, on_host=("pages",))

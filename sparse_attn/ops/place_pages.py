@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from . import cuda
 from .registry import op
 
 
@@ -66,3 +67,16 @@ def _(held, order, ids):
 @place_pages.fake
 def _outputs(held, order, ids):
     return torch.empty_like(ids, memory_format=torch.contiguous_format), torch.empty(ids.shape, dtype=torch.bool, device=ids.device)
+
+
+# a block has all of a run in 99 KiB of shared memory, what the smallest GPU gives it
+_MOST_WANTED, _MOST_SLOTS = 4096, 4096
+
+
+def _fits(held, order, ids) -> str | None:
+    if ids.shape[1] <= _MOST_WANTED and held.shape[1] <= _MOST_SLOTS:
+        return None
+    return f"needs at most {_MOST_SLOTS} slots and {_MOST_WANTED} pages of a run, got {held.shape[1]} and {ids.shape[1]}"
+
+
+cuda.add(place_pages, _outputs, _fits)
