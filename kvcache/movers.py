@@ -159,7 +159,7 @@ class Direct:
                 here = (ids[:, :, first:last] >= 0) & (torch.arange(first, last) < pages[..., None])
                 new[here] = pool.rows(ids[:, :, first:last][here])
                 room = rows if rows.shape[2] >= last else torch.cat([rows, rows.new_full((*rows.shape[:2], ids.shape[2] - rows.shape[2]), -1)], 2)
-                room[:, :, first:last] = new.to(rows.device)
+                room[:, :, first:last] = new.to(rows.device, non_blocking=True)
                 wider.append(room)
         self._rows, self._known = wider, pages.clone()
 

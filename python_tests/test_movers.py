@@ -9,7 +9,7 @@ from delayed import LOCKED, REFUSED, Delayed, Machine
 from hypothesis import given
 from hypothesis import strategies as st
 from test_archive import generate, prompt
-from test_transformers import tiny, tokens
+from test_transformers import tiny
 
 import kvcache
 import sparse_attn
@@ -154,16 +154,17 @@ def test_a_model_reads_the_same_pages(codec):
             cache = kvcache.make_cache(model, **settings, tiers=("device", "host"))
             if streams is not None:
                 cache.pools.streams = streams
-            found.append((*generate(model, cache, ids, mask, prefill_chunk_size=30), cache.report()))
+            found.append((*generate(model, cache, ids, mask, new=24, prefill_chunk_size=30), cache.report()))
         assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
         assert found[0][2].hit_rate == found[1][2].hit_rate and found[0][2].moved_bytes == found[1][2].moved_bytes
         assert streams.copies > 10 and not streams.waiting
         core = cache.layers[0].core
         assert isinstance(core.archive._mover, Direct)
-        beams = dict(attention_mask=mask, num_beams=3, max_new_tokens=20, do_sample=False)
-        cache.reset()
-        want = model.generate(ids, past_key_values=kvcache.make_cache(model, **settings, tiers=("device", "host")), **beams)
-        assert torch.equal(model.generate(ids, past_key_values=cache, **beams), want)
+        if codec is None:
+            beams = dict(attention_mask=mask, num_beams=2, max_new_tokens=8, do_sample=False)
+            cache.reset()
+            want = model.generate(ids, past_key_values=kvcache.make_cache(model, **settings, tiers=("device", "host")), **beams)
+            assert torch.equal(model.generate(ids, past_key_values=cache, **beams), want)
 
 
 # -- page-locked memory --------------------------------------------------------------------------------------------------------

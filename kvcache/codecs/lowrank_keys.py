@@ -218,11 +218,11 @@ class KeyFactors:
             targets: int64 ``[B, Hkv, m]`` row of ``out`` where the first key of each page goes.
         """
         require(self.basis is not None, "there are no keys yet to rebuild; fit() comes first")
-        first, lengths = pages.long() * page, self.lengths[:, None, None].to(pages.device)
+        first, lengths = pages.long() * page, self.lengths[:, None, None].to(pages.device, non_blocking=True)
         require(pages.device.type != "cpu" or bool((first < lengths).all()),  # where looking is free
                 f"sequences have {self.lengths.tolist()} tokens, and pages of {page} were asked for that lie behind them")
         counts = (lengths - first).clamp(max=page).masked_fill(first < 0, 0).int()
-        starts = (self.starts[:, None, None].to(pages.device) + first).where(first >= 0, 0)
+        starts = (self.starts[:, None, None].to(pages.device, non_blocking=True) + first).where(first >= 0, 0)
         on_device = (t.to(out.device) for t in (starts, counts, targets))
         turn = self._turn
         ops.lowrank_keys(out, self.factors, self.basis, *on_device, self.positions, turn.far, turn.near, turn.interleaved)
