@@ -39,7 +39,7 @@ def cuobjdump() -> str | None:
 def short(mangled: str) -> str:
     """A kernel's own name with its template arguments, whatever path it was compiled at."""
     full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"sparse_attn_cuda::|\(anonymous namespace\)::|^void ", "", full)
+    plain = re.sub(r"sparse_attn_kernels::|\(anonymous namespace\)::|^void ", "", full)
     return re.sub(r"\(\w+\)", "", plain[: plain.index("(", plain.rindex(">") if ">" in plain.split("(")[0] else 0)])
 
 
