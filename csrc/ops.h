@@ -245,6 +245,25 @@ struct MoveRows {
 };
 void move_rows(const MoveRows& args, const Where& where);
 
+struct GatherPages {
+  char* rows;         // contiguous
+  const char* pages;  // contiguous; the device's, or the host's and page-locked
+  int64_t n_rows, n_pages, page_bytes;
+  const int64_t *sources, *targets;  // [n]
+  int64_t n;
+};
+void gather_pages(const GatherPages& args, const Where& where);
+
+struct PlacePages {
+  int32_t *held, *order;  // [runs, slots], contiguous
+  int64_t runs, slots;
+  const int32_t* ids;  // [runs, m], contiguous
+  int64_t m;
+  int32_t* out;     // [runs, m], contiguous
+  uint8_t* misses;  // [runs, m], contiguous
+};
+void place_pages(const PlacePages& args, const Where& where);
+
 struct LowrankKeys {
   void* rows;  // [n_rows, D], contiguous, in the factors' dtype
   int64_t n_rows;

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparse_attn.errors import NoBackendError
-from sparse_attn.ops import OPS, cuda, move_rows, native, use_backend
+from sparse_attn.ops import OPS, cuda, gather_pages, move_rows, native, use_backend
 
 TABLE = Path(__file__).with_name("cuda_table.json")
 LIBRARY = native.FOLDER / "cuda.so"
@@ -108,6 +108,14 @@ def test_an_entry_that_names_no_row_moves_nothing():
     with use_backend("cuda_emulated"):
         move_rows(rows, torch.tensor([3, 4, 10]), torch.tensor([-1, 2, 3]))
     assert torch.equal(rows, want)
+
+
+@emulated
+def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
+    rows = torch.zeros(3, 5)
+    with use_backend("cuda_emulated"):
+        gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
+    assert rows.sum(1).tolist() == [0, 0, 5]
 
 
 if __name__ == "__main__":
