@@ -76,7 +76,10 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("missing(int device) -> str");
   m.impl("missing", TORCH_BOX(&missing));
   // one line per op, from here on
+  SA_SERVE(keep_top);
   SA_SERVE(move_rows);
+  SA_SERVE(select_blocks);
+  SA_SERVE(select_global);
 }
 
 }  // namespace SA_NAMESPACE
