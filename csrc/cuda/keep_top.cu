@@ -46,7 +46,7 @@ SA_GLOBAL(kThreads) void keep_of_run(const KeepTop a) {
   Shared& s = *reinterpret_cast<Shared*>(shared_memory());
   const int64_t run = block_x(), start = a.starts[run], length = a.lengths[run];
   const bool inside = start >= 0 && length >= 0 && length <= a.n_rows && start <= a.n_rows - length;
-  const int64_t n = inside ? length : 0, count = std::min({std::max<int64_t>(a.counts[run], 0), n, a.slots});
+  const int64_t n = inside ? length : 0, count = std::min(std::max<int64_t>(a.counts[run], 0), std::min(n, a.slots));
   int32_t* list = a.out + run * a.slots;
   const float* score = a.score + start;
   for (int64_t j = count + thread(); j < a.slots; j += kThreads) list[j] = -1;
@@ -56,7 +56,7 @@ SA_GLOBAL(kThreads) void keep_of_run(const KeepTop a) {
 
   uint32_t known = 0, least = 0;  // the bits of the least kept key that are known, and what they are
   int missing = int(count);       // of the rows that share them
-  for (const int shift : {21, 10, 0}) {
+  for (int shift = 21; shift >= 0; shift -= shift > 10 ? 11 : shift > 0 ? 10 : 1) {  // 21, 10, 0
     const int buckets = shift ? kBuckets : kBuckets / 2;
     for (int i = thread(); i < buckets; i += kThreads) s.sizes[i] = 0;
     barrier();
