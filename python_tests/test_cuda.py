@@ -17,7 +17,7 @@ import torch
 from rows import most, plain_args, share
 
 from sparse_attn.errors import NoBackendError
-from sparse_attn.ops import OPS, cuda, keep_top, move_rows, native, select_blocks, select_global, use_backend
+from sparse_attn.ops import OPS, cuda, gather_pages, keep_top, move_rows, native, select_blocks, select_global, use_backend
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("cuda_table.json")
@@ -42,7 +42,7 @@ def cuobjdump() -> str | None:
 def short(mangled: str) -> str:
     """A kernel's own name with its template arguments, whatever path it was compiled at."""
     full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"sparse_attn_cuda::|\(anonymous namespace\)::|^void ", "", full)
+    plain = re.sub(r"sparse_attn_kernels::|\(anonymous namespace\)::|^void ", "", full)
     return re.sub(r"\(\w+\)", "", plain[: plain.index("(", plain.rindex(">") if ">" in plain.split("(")[0] else 0)])
 
 
@@ -239,6 +239,14 @@ def test_emulated_threads_find_what_is_wrong_with_a_kernel(tmp_path):
     never = "CUDA: threads of a block wait for others that never come: a barrier or a warp word was not reached by all"
     assert said[1:3] == [never, never] and said[3] == "CUDA: a kernel wrote behind its shared memory"
     assert said[4] == "CUDA: a grid of 1 x 65536 x 1 blocks is too large; use smaller inputs" and said[5] == "none"
+
+
+@emulated
+def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
+    rows = torch.zeros(3, 5)
+    with use_backend("cuda_emulated"):
+        gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
+    assert rows.sum(1).tolist() == [0, 0, 5]
 
 
 if __name__ == "__main__":
