@@ -111,6 +111,14 @@ def test_an_entry_that_names_no_row_moves_nothing():
     assert torch.equal(rows, want)
 
 
+@emulated
+def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
+    rows = torch.zeros(3, 5)
+    with use_backend("cuda_emulated"):
+        gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
+    assert rows.sum(1).tolist() == [0, 0, 5]
+
+
 GEOMETRY = dict(block_q=1, block_k=1, n_q=4, n_k=4)
 BAD = [math.nan, -1.0, math.inf, -math.inf]
 
@@ -239,14 +247,6 @@ def test_emulated_threads_find_what_is_wrong_with_a_kernel(tmp_path):
     never = "CUDA: threads of a block wait for others that never come: a barrier or a warp word was not reached by all"
     assert said[1:3] == [never, never] and said[3] == "CUDA: a kernel wrote behind its shared memory"
     assert said[4] == "CUDA: a grid of 1 x 65536 x 1 blocks is too large; use smaller inputs" and said[5] == "none"
-
-
-@emulated
-def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
-    rows = torch.zeros(3, 5)
-    with use_backend("cuda_emulated"):
-        gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
-    assert rows.sum(1).tolist() == [0, 0, 5]
 
 
 if __name__ == "__main__":
