@@ -1,6 +1,6 @@
 // What a kernel sees: plain structs and one signature per op. No torch here; library.cpp fills these in.
 // Field names are the argument names of sparse_attn/ops/<op>.py, where their meaning is written down.
-// setup.py compiles every file of cpu/ once per instruction set with -DSA_NAMESPACE=sparse_attn_cpu_<isa>, those of cuda/ with -DSA_CUDA.
+// setup.py compiles every file of cpu/ once per instruction set, those of cuda/ with -DSA_CUDA.
 #pragma once
 #include <atomic>
 #include <cstdint>

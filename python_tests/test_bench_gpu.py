@@ -393,7 +393,9 @@ def test_time_is_shared_and_what_never_began_is_listed(tmp_path, monkeypatch, ca
 
 def test_a_subset_runs_from_end_to_end(tmp_path, capsys):
     assert command.main(["--rehearse", "--only", "ceilings", "--results", str(tmp_path), "--commit", "abc"]) == 0
-    assert "2 units done, 0 failed, 0 left something out, 0 entries did not fit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 units done, 0 failed, 0 left something out, 0 entries did not fit" in said
+    assert said.count("| not measured |") == len(bars.BARS)
     (file,) = tmp_path.iterdir()
     assert [row["op"] for row in bars.read(file)] == ["mm", "copy", "copy from pinned"] and bars.read(file)[0]["commit"] == "abc"
 
@@ -490,7 +492,7 @@ def test_tests_of_the_ops_run_on_the_machine(tmp_path):
     of, said, file = bench(), [], tmp_path / "test_it.py"
     of.say = said.append
     file.write_text(ASKS)
-    assert suite.run(of, file) == "1 tests skipped" and said == ["   1 passed, 0 failed, 1 skipped"]
+    assert suite.run(of, [file]) == "1 tests skipped" and said == ["   1 passed, 0 failed, 1 skipped"]
 
 
 def test_what_the_tests_of_the_ops_said_is_told():

@@ -109,12 +109,13 @@ def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, o
     ``command`` makes a child process; when one dies, the next goes on behind the unit that it died in.
     """
     until = time.monotonic() + seconds
+    environment = {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // step))} if step > 1 else {})
     while True:
         file = folder / f"{part.name}.{start}.jsonl"
         file.touch()
         left = until - time.monotonic()
         words = ["--part", part.name, "--start", str(start), "--step", str(step), "--seconds", f"{left:.1f}", "--report", str(file)]
-        child = subprocess.Popen([*command, *words], cwd=_ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0)
+        child = subprocess.Popen([*command, *words], cwd=_ROOT, env=os.environ | environment, process_group=0)
         said = watched(child, file, until)
         reports = [json.loads(line) for line in file.read_text().splitlines()]
         last = settle(part, reports, outcome)

@@ -31,6 +31,12 @@
 
 namespace SA_NAMESPACE {
 
+#if defined(SA_CUDA_EMULATED)
+constexpr bool kEmulated = true;  // for kernels that take fewer threads then: a fiber costs more than a thread
+#else
+constexpr bool kEmulated = false;
+#endif
+
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
 };
