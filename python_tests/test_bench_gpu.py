@@ -377,7 +377,16 @@ def test_a_part_that_takes_too_long_is_killed_and_the_rest_listed(tmp_path, monk
 def test_a_process_that_does_not_start_is_a_failure(tmp_path):
     outcome = runner.Outcome()
     runner.run_part(runner.Part("p", "", "", 1), 30, [sys.executable, "-S", "-c", "raise SystemExit(7)"], tmp_path, outcome)
-    assert outcome.failed == ["p: the process ended with status 7 before a unit began"]
+    assert outcome.failed == ["p: its process ended with status 7 before a unit began"]
+
+
+def test_a_process_that_has_no_time_to_start_did_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_S", 0.2)
+    outcome = runner.Outcome()
+    slow = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    runner.run_part(runner.Part("p", "", "", 1), 0.2, slow, tmp_path, outcome)
+    assert not outcome.failed
+    assert outcome.unfinished == ["p: its process was killed when the time of its part was over before a unit began"]
 
 
 def test_time_is_shared_and_what_never_began_is_listed(tmp_path, monkeypatch, capsys):

@@ -57,7 +57,8 @@ def kernels() -> dict[str, dict]:
             name = f"{short(match[1])} {arch}"
         elif "REG:" in line:
             usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line))
-            found[name] = {"registers": int(usage["REG"]), "stack": int(usage["STACK"]) + int(usage["LOCAL"]), "shared": int(usage["SHARED"])}
+            stack = int(usage["STACK"]) + int(usage["LOCAL"])
+            found[name] = {"registers": int(usage["REG"]), "stack": stack, "shared": int(usage["SHARED"])}
     return found
 
 
@@ -125,7 +126,8 @@ BAD = [math.nan, -1.0, math.inf, -math.inf]
 
 @emulated
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("rule", [dict(threshold=share(0.1, 2), top_k=None), dict(threshold=None, top_k=most(1))], ids=["share", "count"])
+@pytest.mark.parametrize("rule", [dict(threshold=share(0.1, 2), top_k=None), dict(threshold=None, top_k=most(1))],
+                         ids=["share", "count"])
 def test_a_row_whose_scores_are_no_mass_keeps_all_it_reaches(bad, rule):
     score = torch.tensor([8.0, 1, 4, 2]).repeat(1, 2, 4, 1)
     score[0, 1, 3, 1], score[0, 0, 2, 3] = bad, bad  # the second one out of reach
@@ -196,7 +198,12 @@ SA_GLOBAL(64) void half_waits() { if (thread() < 32) barrier(); else warp_sum(th
 SA_GLOBAL(32) void lost_lane() { if (thread()) ballot(true); }
 SA_GLOBAL(32) void overruns() { shared_memory()[128 + thread()] = 1; }
 SA_GLOBAL(32) void poisoned(float* out) { *out = reinterpret_cast<float*>(shared_memory())[thread()]; }
-SA_GLOBAL(64) void leaves_early(int* out) { if (thread() >= 32) return; barrier(); if (thread() == 0) *out = warp_sum(0) + 7; else warp_sum(0); }
+SA_GLOBAL(64) void leaves_early(int* out) {
+  if (thread() >= 32) return;
+  barrier();
+  const int sum = warp_sum(0);
+  if (thread() == 0) *out = sum + 7;
+}
 SA_GLOBAL(64) void warp_words(int* out) {
   const int i = lane();
   bool good = warp_sum(i) == 496 && warp_max(i) == 31 && warp_min(i) == 0 && shuffle(i, 5) == 5 && shuffle_xor(i, 3) == (i ^ 3);
@@ -208,7 +215,13 @@ SA_GLOBAL(64) void warp_words(int* out) {
 template <class F>
 const char* fault(const F& f) {
   static char sentence[300];
-  try { f(); return "none"; } catch (const std::exception& e) { std::snprintf(sentence, sizeof sentence, "%s", e.what()); return sentence; }
+  try {
+    f();
+    return "none";
+  } catch (const std::exception& e) {
+    std::snprintf(sentence, sizeof sentence, "%s", e.what());
+    return sentence;
+  }
 }
 int main() {
   const Stream stream{};

@@ -1,7 +1,7 @@
 // The highest scores of each run in the order in which they stand, one block per run and no sort.
 //
 // Scores become integers that order alike. Three times the rows that are still in question are counted by their next bits, which
-// leaves the bucket of the last kept one: three passes where halving would take 32. A last pass writes what is kept, chunk by chunk.
+// leaves the bucket of the last kept one: three passes where halving would take 32. A last pass writes what is kept in order.
 // A run outside the score, or a negative count, keeps nothing; with too few slots the best that fit are kept.
 #include "simt.h"
 

@@ -1,7 +1,9 @@
-// Block lists from block scores, one warp per row and no barrier: a row's keys stay in shared memory while the warp halves the range
-// of keys (selection.h), then the row is walked once more in order and what is kept is written where it belongs.
-// A row costs about 31 passes over Kb keys in shared memory.
+// Block lists from block scores, one warp per row and no barrier: a row's keys stay in shared memory while the warp halves the
+// range of keys (selection.h), then the row is walked once more in order and what is kept is written where it belongs.
+// A row costs at most 31 passes over its keys in shared memory; without ties fewer, for it ends when one key is left in question.
 // A row with a score that is no mass keeps all it can reach, and so does a head whose threshold is no share.
+#include <climits>
+
 #include "../spans.h"
 #include "selection.h"
 #include "simt.h"
@@ -30,14 +32,17 @@ SA_DEVICE Kept choose(const Budget& budget, const uint32_t* keys, int64_t n, uin
   for (int64_t j = lane(); j < n; j += 32) top = std::max(top, keys[j]);
   Search search{least - 1, std::max(warp_max(top) + 1, least)};
   Sum taken = before;
-  while (!search.done()) {
+  int n_fits = 0, n_unfit = INT_MAX;  // keys from there up
+  while (!search.done() && n_unfit - n_fits > 1) {
     const uint32_t middle = search.middle();
     Sum sum = 0;
+    int from_middle = 0;
     for (int64_t j = lane(); j < n; j += 32)
-      if (keys[j] >= middle) sum += weigh(budget, keys[j]);
-    sum = before + warp_sum(sum);
+      if (keys[j] >= middle) sum += weigh(budget, keys[j]), ++from_middle;
+    sum = before + warp_sum(sum), from_middle = warp_sum(from_middle);
     const bool fits = budget.fits(sum);
     if (fits) taken = sum;
+    (fits ? n_fits : n_unfit) = from_middle;
     search.tell(fits);
   }
   uint32_t tie = 0;
@@ -110,8 +115,8 @@ void select_blocks(const SelectBlocks& args, const Stream& stream) {
   const View& v = args.score;
   const int64_t rows = v.size[0] * v.size[1] * v.size[2], keys_of_row = round_up(v.size[3], 32);
   const int64_t rows_of_block = std::clamp<int64_t>(kKeyBytes / (4 * std::max<int64_t>(keys_of_row, 1)), 1, kRows);
-  launch<select_rows>(Grid{(rows + rows_of_block - 1) / rows_of_block}, int(32 * rows_of_block), 4 * keys_of_row * rows_of_block, stream,
-                      args, rows, keys_of_row);
+  launch<select_rows>(Grid{(rows + rows_of_block - 1) / rows_of_block}, int(32 * rows_of_block), 4 * keys_of_row * rows_of_block,
+                      stream, args, rows, keys_of_row);
 }
 
 }  // namespace SA_NAMESPACE

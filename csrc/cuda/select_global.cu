@@ -43,7 +43,8 @@ SA_DEVICE Row row_of(const Pools& p, int64_t pool, int64_t i) {
   const SelectGlobal& a = p.a;
   const View& v = a.score;
   const int64_t heads = pool * p.together + i / v.size[2], b = heads / v.size[1], head = heads % v.size[1], block = i % v.size[2];
-  Row row{0, 0, static_cast<const float*>(v.data) + b * v.stride[0] + head * v.stride[1] + block * v.stride[2], v.stride[3], b, head, block};
+  const float* score = static_cast<const float*>(v.data) + b * v.stride[0] + head * v.stride[1] + block * v.stride[2];
+  Row row{0, 0, score, v.stride[3], b, head, block};
   const Span span = span_of(b, a.n_q, a.n_k, a.q_start, a.causal, a.padding);
   if (block * a.block_q >= span.n_q) return row;
   const Reach found = reach(a, span, block);
@@ -168,7 +169,10 @@ SA_GLOBAL(kThreads) void rank_ties(const Pools p) {
   for (int64_t i = thread(); i < p.rows; i += kThreads) all += ties[i];
   all = joined(all, [](int64_t u, int64_t v) { return u + v; });
   barrier();
-  if (thread() == 0) of_warps[0] = tie ? Share{state.target, p.a.inclusive}.ties(state.taken, mass_of(tie), all) : 0, state.tie = tie;
+  if (thread() == 0) {
+    of_warps[0] = tie ? Share{state.target, p.a.inclusive}.ties(state.taken, mass_of(tie), all) : 0;
+    state.tie = tie;
+  }
   barrier();
   int64_t left = of_warps[0];
   for (int64_t at = 0; at < p.rows; at += kThreads) {
@@ -233,7 +237,8 @@ void select_global(const SelectGlobal& args, const Stream& stream) {
                     static_cast<State*>(states.data),
                     static_cast<int32_t*>(ties.data)};
   static_assert(sizeof(State) == 32);
-  SA_CHECK(states.size[3] == 2 * count * int64_t(sizeof(State)) && ties.size[3] == count * rows, "CUDA: workspaces of another shape");
+  SA_CHECK(states.size[3] == 2 * count * int64_t(sizeof(State)) && ties.size[3] == count * rows,
+           "CUDA: workspaces of another shape");
   if (rows == 0) return;
   const Grid grid{pools.parts, count};
   constexpr int64_t kShared = kWarps * 8;

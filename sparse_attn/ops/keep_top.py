@@ -29,8 +29,8 @@ def keep_top(score: Tensor, starts: Tensor, lengths: Tensor, counts: Tensor, slo
         int32 ``[B, Hkv, slots]``: offsets counted from the run's start, ascending; -1 behind them.
 
     Raises:
-        ContractError: on mismatched shapes or dtypes, and (on CPU, where looking is free) a run outside the score, a negative count,
-            or too few slots. On a GPU such a run keeps nothing, such a count is 0, and the best that fit the slots are kept.
+        ContractError: on mismatched shapes or dtypes, and (on CPU, where looking is free) a run outside the score, a negative
+            count, or too few slots. On a GPU such a run keeps nothing, such a count is 0, and the best that fit the slots are kept.
     """
     kept = torch.full((*starts.shape, slots), -1, dtype=torch.int32, device=score.device)
     runs = zip(starts.flatten().tolist(), lengths.flatten().tolist(), counts.flatten().tolist(), strict=True)

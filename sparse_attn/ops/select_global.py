@@ -119,7 +119,8 @@ def _notes(processors, score, threshold, scope, *rest):
     batch, heads, q_blocks, _ = score.shape
     pools, rows = (batch, heads * q_blocks) if scope == "all" else (batch * heads, q_blocks)
     parts = max(1, min(rows, -(-_BLOCKS * processors // max(1, pools))))
-    sizes = ((2, pools, parts), torch.float64), ((pools, parts), torch.int32), ((2 * pools * _STATE_BYTES,), torch.uint8), ((pools * rows,), torch.int32)
+    sizes = (((2, pools, parts), torch.float64), ((pools, parts), torch.int32), ((2 * pools * _STATE_BYTES,), torch.uint8),
+             ((pools * rows,), torch.int32))
     return tuple(score.new_empty(size, dtype=dtype) for size, dtype in sizes)
 
 
