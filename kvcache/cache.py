@@ -86,6 +86,7 @@ class CacheLayer:
         self._floor = 0  # columns that the last eviction had seen; what it took cannot come back
         self._solid = 0  # column from which on no sequence has padding
         self._appended = 0
+        self._unread = 0  # tokens that were admitted, and whose attention has not ended, or failed
         self._before: tuple[int, Tensor | None] = (0, None)
 
     # -- what attention reads (sparse_attn.kept.KeptKV) -----------------------------------------------------------------------
@@ -245,6 +246,21 @@ class CacheLayer:
         if not self.n_columns:
             self.reset()
 
+    @property
+    def n_done(self) -> int:
+        """Columns whose attention over this layer has ended."""
+        return self.n_columns - self._unread
+
+    def go_back(self, columns: int) -> None:
+        """Forget what a forward that failed brought, so that ``columns`` are left; ``require_croppable`` says whether that can be."""
+        if self._n_new is None and self._appended:
+            self.withdraw()
+        if columns == 0:
+            self.reset()
+        elif self.n_columns > columns:
+            self.crop(self.n_columns - columns)
+        self._unread = 0
+
     def settle(self, n: int) -> None:
         """Do what waits for the next forward, over ``n`` tokens; a single one is taken for the first generated token."""
         if self._held:
@@ -268,6 +284,7 @@ class CacheLayer:
             self._solid = self.n_columns + (self._appended if last is not None else int(first.max()))
         self.n_seen = self.n_seen + self._n_new
         self.n_columns += self._appended
+        self._unread = self._appended
         self._follow()
 
     def observe(self, queries: Queries | None, in_place: bool = True) -> None:
@@ -277,6 +294,7 @@ class CacheLayer:
             queries: None where the policy does not need them.
             in_place: False while somebody else still reads the rows that ``rectangle`` showed.
         """
+        self._unread = 0
         self._drafted, self._opening = self.recording and not self._opening, False
         if self.digest is not None and queries is not None:
             self.digest.observe(queries, self.store.k, self.store.starts - self._gone, self.lengths)

@@ -63,8 +63,9 @@ class _Together:
 
     def require_served(self, core: CacheLayer, k: Tensor) -> bool:
         """Whether our attention will read this layer; raises before anything changes where somebody has to and cannot."""
-        same = core is not self.cores[0] or all(other.n_columns == core.n_columns for other in self.cores)
-        require(same, "the last forward over this cache failed half way, and its layers have seen different texts; reset() it")
+        same = core is not self.cores[0] or all(other.n_done == other.n_columns == core.n_columns for other in self.cores)
+        require(same, "the last forward over this cache failed half way, and its layers have seen different texts; recover() takes back "
+                "what it left, or reset() the cache")
         latent = bool(getattr(self.config, "kv_lora_rank", None))
         if runs_ours(self.config) and not latent:
             return True
@@ -296,6 +297,28 @@ class KVCache(Cache):
             return None
         return Archive(self.meter, reader.page, max(reader.budget // reader.page, 2), self.pools, self.kept.codec.layer(self.meter, rotation))
 
+    def recover(self) -> int:
+        """After a forward that failed half way, out of memory say: take back what it left in some layers, so that it can be repeated,
+        in smaller chunks perhaps. What its queries added to the scores of older tokens stays.
+
+        Returns:
+            Tokens that every layer has seen, as before that forward; nothing changes where none failed.
+
+        Raises:
+            ContractError: if what some layer did meanwhile cannot be undone (an eviction, or padding behind real tokens, or a layer of
+                transformers' own that is ahead); reset() is then the only way.
+        """
+        cores = self._together.cores
+        columns = min(core.n_done for core in cores)
+        for core in cores:
+            core.require_croppable(max(0, core.n_columns - columns))
+        for i, layer in enumerate(self.layers):
+            ahead = not isinstance(layer, KVPolicyLayer) and layer.is_initialized and layer.get_seq_length() > columns
+            require(not ahead, f"layer {i} is a {type(layer).__name__} and cannot take tokens back; reset() the cache")
+        for core in cores:
+            core.go_back(columns)
+        return columns
+
     def fork(self) -> KVCache:
         """A second cache with the same contents in memory of its own: ask several questions of one prefilled text."""
         twin = object.__new__(type(self))
@@ -336,7 +359,7 @@ class KVCache(Cache):
         lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized and hasattr(layer, "get_seq_length")}
         require(max(lengths, default=0) > 0, "the cache is empty; prefill it first")
         require(len(lengths) == 1,
-                f"the layers have seen {sorted(lengths)} tokens, because a forward failed half way; reset() the cache")
+                f"the layers have seen {sorted(lengths)} tokens, because a forward failed half way; recover() or reset() the cache")
         if token_ids is not None:
             of = next(core.n_seen for core in self._together.cores if core.n_seen is not None)
             shape = [len(of), *lengths]

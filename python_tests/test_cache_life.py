@@ -143,3 +143,73 @@ def test_a_cache_that_nobody_names_is_gone_at_once():
                 assert [ref() for ref in held] == [None, None]
     finally:
         gc.enable()
+
+
+# -- a forward that fails half way ----------------------------------------------------------------------------------------
+
+
+def fail_once(module) -> None:
+    """The next forward of a module runs out of memory."""
+
+    def fails(*_):
+        handle.remove()
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = module.register_forward_pre_hook(fails)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("part", ["mlp", "o_proj", "attention"])
+@pytest.mark.parametrize("name", ["snapkv", "quest", "shadowkv"])
+def test_a_forward_without_memory_can_be_repeated(name, part, layer, monkeypatch):
+    model, ids = tiny("Llama"), tokens(2, PROMPT)
+    settings = dict(evict="prompt") if name == "snapkv" else {}
+    with sparse_attn.patch(model, prefill="dense"):
+        cache, whole = (cache_of(model, name, 400 if name == "snapkv" else 40, **settings) for _ in range(2))
+        for each in (cache, whole):
+            kvcache.prefill(model, ids[:, :40], each, 20)
+        before = cache.report()
+        block = model.model.layers[layer]
+        if part == "attention":
+            fail_in_attention(monkeypatch, calls=layer + 1)
+        else:
+            fail_once(block.mlp if part == "mlp" else block.self_attn.o_proj)
+        with pytest.raises(torch.OutOfMemoryError):
+            kvcache.prefill(model, ids[:, 40:], cache, 64)
+        if (part, layer) not in [("mlp", 1), ("o_proj", 1)]:  # where the last layer was read, the whole text is here
+            with pytest.raises(ContractError, match="failed half way"):
+                kvcache.prefill(model, ids[:, 40:], cache, 16)
+            assert cache.recover() == 40
+        else:
+            cache.crop(-(PROMPT - 40))
+        assert cache.report().tokens == before.tokens and cache.get_seq_length() == 40
+        assert cache.recover() == 40
+        mine, expected = (kvcache.prefill(model, ids[:, 40:], each, 16) for each in (cache, whole))
+        assert_close(mine, expected)
+        assert_close(*(model(ids[:, :1], past_key_values=each).logits for each in (cache, whole)))
+
+
+def fail_in_attention(monkeypatch, calls: int) -> None:
+    real, left = sparse_attn.hf.attend_kept, [calls]
+
+    def attend(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(sparse_attn.hf, "attend_kept", attend)
+
+
+def test_what_an_evicted_layer_saw_cannot_be_repeated():
+    model, ids = tiny("Llama"), tokens(1, 80)
+    with sparse_attn.patch(model, prefill="dense"):
+        cache = cache_of(model, "knorm", 40)
+        kvcache.prefill(model, ids[:, :40], cache, 20)
+        fail_once(model.model.layers[0].mlp)
+        with pytest.raises(torch.OutOfMemoryError):
+            kvcache.prefill(model, ids[:, 40:], cache, 20)
+        with pytest.raises(ContractError, match="what it dropped cannot come back"):
+            cache.recover()
+        cache.reset()
+        kvcache.prefill(model, ids, cache, 20)
