@@ -18,7 +18,7 @@ TEST_LIBRARIES := build/.test_libraries
 ARGS ?=
 
 .DEFAULT_GOAL := setup
-.PHONY: setup needle test bench clean
+.PHONY: setup needle test bench bench-gpu clean
 
 setup: $(LIBRARIES)
 
@@ -35,20 +35,26 @@ $(LIBRARIES): $(INSTALLED) $(SOURCES)
 	$(BUILD)
 	@touch $@
 
-# the AMX kernels on emulated tiles as well, for tests on machines without AMX
+# besides, the AMX kernels on emulated tiles and the CUDA kernels on emulated threads, and for real where nvcc is
 $(TEST_LIBRARIES): $(INSTALLED) $(SOURCES)
-	SPARSE_ATTN_BUILD=default,emulated $(BUILD)
+	SPARSE_ATTN_BUILD=default,emulated,cuda $(BUILD)
 	@touch $@ $(LIBRARIES)
 
 needle: $(LIBRARIES)
 	$(PY) -m benchmarks.needle --prefill xattention --prefill auto $(ARGS)
 
 test: $(TEST_LIBRARIES)
-	$(PY) -m pytest python_tests --durations=15 --timeout=600 $(ARGS)
+	@# a process per core, at most four, each with one thread but where a test sets more
+	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -n auto --maxprocesses=4 --dist=worksteal --durations=15 --timeout=600 $(ARGS)
 
 bench: $(LIBRARIES)
 	@mkdir -p build/bench
 	$(PY) -m benchmarks.kernels --json build/bench/kernels.jsonl $(ARGS)
+
+# whatever the interpreter has must do, for a GPU machine may have nothing to download: the one that PYTHON= names, or that of
+# $(VENV), or python3
+bench-gpu:
+	@PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(INSTALLED)),$(PY),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build sparse_attn/_native kvcache/tiers/_host*.so *.egg-info .pytest_cache

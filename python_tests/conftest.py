@@ -37,3 +37,9 @@ def skip_unless(op, backend: str, *args, **kwargs) -> None:
     if all(sentence is not None for sentence in machine):
         pytest.skip(f"{backend}: {machine[0]}")
     hypothesis.reject()
+
+
+def skip_unless_it_looks(backend: str) -> None:
+    """Skip where a kernel is not asked to refuse what a tensor holds: on a GPU looking would cost a synchronisation."""
+    if backend == "cuda_emulated":
+        pytest.skip("cuda_emulated: does not look at what tensors hold; test_cuda.py has what it does instead")

@@ -16,7 +16,7 @@ import torch
 
 from . import __version__
 from .errors import NoBackendError
-from .ops import OPS, native
+from .ops import OPS, cuda, native
 
 DTYPES = (torch.bfloat16, torch.float32)
 _FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -38,6 +38,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
+        "gather_pages": lambda: (k[0, 0], k[0, 1], runs[0], runs[0] // _TOKENS),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
         "key_mass": lambda: (q, k[0].flatten(0, 1), q[..., 0].float(), *runs, scale),
         "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
@@ -47,6 +48,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
         "page_score": lambda: (q[:, :, -1:], *[k[0, :, ::_BLOCK].flatten(0, 1)] * 2, *(table // _BLOCK for table in runs)),
         "paged_attention": lambda: (q[:, :, -1:], *[k.flatten(0, 2)] * 2, runs[0][..., None], runs[1][..., None].int(), scale),
+        "place_pages": lambda: (lists[0, :, 0] * 0 - 1, lists[0, :, 0].contiguous(), lists[0, :, 0]),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "row_score": lambda: (q[:, :, -1:], k.flatten(0, 2), *runs, scale),
@@ -84,7 +86,7 @@ def status() -> dict:
         },
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "torch": torch.__version__,
-        "libraries": {isa: native.why_not(isa) for isa in native.ISAS},
+        "libraries": {isa: native.why_not(isa) for isa in native.ISAS} | {"cuda": cuda.why_not()},
         "forced": os.environ.get("SPARSE_ATTN_BACKEND") or None,
         "ops": [verdict(op, dtype, device) for op in OPS for device in devices for dtype in DTYPES],
     }
@@ -107,7 +109,7 @@ def _merged(verdicts: list[dict]) -> list[tuple[str, str, str]]:
 def text(found: dict) -> str:
     """The table."""
     cpu, libraries = found["cpu"], found["libraries"]
-    ready = [isa for isa in reversed(libraries) if libraries[isa] is None]
+    ready = [isa for isa in (*reversed(native.ISAS), "cuda") if libraries[isa] is None]
     lines = [
         f"sparse_attn {found['version']}   CPU: {cpu['name']}, {' '.join(cpu['features']) or 'no AVX2'} ({cpu['cores']} cores)   "
         f"GPU: {', '.join(found['gpu']) or 'none'}   torch {found['torch']}   libraries: {' '.join(ready) or 'none'}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import needs_dtype
+from ..native import misplaced, needs_dtype
 from ..registry import Op
 
 OLDEST = (3, 6)
@@ -63,20 +63,9 @@ def processors(device: torch.device) -> int:
     return _INTERPRETED_PROCESSORS if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _misplaced(args: tuple) -> str | None:
-    places = dict.fromkeys(arg.device for arg in args if isinstance(arg, Tensor))
-    kind = "cpu" if interpreted() else "cuda"
-    for device in places:
-        if device.type != kind:
-            return f"needs {'CPU tensors under TRITON_INTERPRET=1' if interpreted() else 'CUDA tensors'}, got {device}"
-    if len(places) > 1:
-        return f"needs all tensors on one device, got {' and '.join(map(str, places))}"
-    return None
-
-
 def why_not(*args) -> str | None:
     """What keeps Triton from any op with these arguments; the first of them has the dtype of the products."""
-    refusal = _misplaced(args) or missing()
+    refusal = (misplaced("cpu", args, "CPU tensors under TRITON_INTERPRET=1") if interpreted() else misplaced("cuda", args)) or missing()
     if refusal is not None:
         return refusal
     if interpreted():
