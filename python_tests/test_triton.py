@@ -5,6 +5,7 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import test_mass_ops
 import test_ops
@@ -154,11 +156,19 @@ def test_soft_scores_of_a_long_run_are_joined_from_parts():
     torch.testing.assert_close(found, row_score.reference(q, rows, *run, 0.3, True), atol=1e-7, rtol=1e-4)
 
 
+def needs_older_numpy() -> bool:
+    """Bounds of a loop are arrays of one element there, which a newer numpy takes for no number."""
+    if frame.missing() is not None:
+        return False
+    return importlib.metadata.version("triton").startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+
+
 SOME = "block_sparse_attention or window_mass or strided_score or names_twice or described"  # about half of the time
 
 
 @here
 @installed
+@pytest.mark.skipif(needs_older_numpy(), reason=f"the interpreter of triton 3.6 needs a numpy older than 2.4, got {np.__version__}")
 @pytest.mark.parametrize(("those", "least"), [(SOME, 10), (f"not ({SOME})", 2 * len(OPS_SERVED) - 6)], ids=["some", "others"])
 def test_kernels_hold_under_the_interpreter(those, least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE), "-k", those]

@@ -231,8 +231,9 @@ def tiles(q: torch.Tensor, wide: int, queries: int, group: int, block_k: int) ->
     pack = group if queries * group <= known["ROWS"] else 1
     rows = min(known["ROWS"], frame.power(queries * pack))
     if rows < known["ROWS"] and not frame.unrolled(q):
-        few = frame.pinned(FEW_CONFIGS, q.device) if rows <= _FEW and wide <= 128 else {}
-        known = known | {"num_warps": max(4, rows // 16)} | few
+        few = frame.pinned(FEW_CONFIGS, q.device)
+        fits = rows <= _FEW and wide <= 128 and block_k >= few["KEYS"]
+        known = known | {"num_warps": max(4, rows // 16)} | (few if fits else {})
     return known | {"ROWS": rows, "KEYS": min(known["KEYS"], frame.power(block_k)), "PACK": pack}
 
 
