@@ -114,7 +114,8 @@ def test_an_archive_beside_plain_lists(data):
         here = archive.pages.tolist()
         if step in ("fetch", "forgotten"):
             m = data.draw(st.integers(1, 5))
-            chosen = torch.tensor([[(data.draw(st.permutations(range(-2, n)))[:m] + [-1] * m)[:m] for n in row] for row in here]).clamp(min=-1).int()
+            draw = [[(data.draw(st.permutations(range(-2, n)))[:m] + [-1] * m)[:m] for n in row] for row in here]
+            chosen = torch.tensor(draw).clamp(min=-1).int()
             coming = archive.fetch(chosen)
             fetches += 1
             if step == "forgotten":
@@ -165,6 +166,25 @@ def test_a_model_reads_the_same_pages(codec):
             cache.reset()
             want = model.generate(ids, past_key_values=kvcache.make_cache(model, **settings, tiers=("device", "host")), **beams)
             assert torch.equal(model.generate(ids, past_key_values=cache, **beams), want)
+
+
+@pytest.mark.parametrize("leave", ["clear", "select", "prepare", "last"])
+def test_no_page_is_released_while_it_may_be_read(monkeypatch, leave):
+    streams, meter, (store, _) = Delayed(), Meter(), filled(2, 40)
+    archive = Archive(meter, 4, 4, Pools(("device", "host"), streams=streams), LowRankKeys(rank=2).layer(meter, None))
+    archive.take(store, 0)
+    archive.fetch(torch.tensor([[[0, 9, 4], [7, 8, -1]]] * 2).int())
+    assert streams.waiting
+    released, pool = [], type(archive._values)
+    monkeypatch.setattr(pool, "release", lambda self, ids, before=pool.release: (released.append(len(streams.waiting)), before(self, ids)))
+    if leave == "prepare":
+        archive.prepare(lambda pages: None)
+    elif leave == "last":
+        del archive
+        gc.collect()
+    else:
+        getattr(archive, leave)(*([torch.tensor([1, 0, 1])] if leave == "select" else []))
+    assert released and not any(released)
 
 
 # -- page-locked memory --------------------------------------------------------------------------------------------------------
@@ -281,6 +301,23 @@ def test_a_fetch_without_memory_leaves_the_archive_as_it_was(monkeypatch, stream
     assert meter.now == archive.n_bytes and archive.wanted == 7
 
 
+@pytest.mark.parametrize("where", ["copying", "rebuilding"])
+def test_pages_that_did_not_come_are_fetched_again(monkeypatch, where):
+    streams, meter, (store, held) = Delayed(), Meter(), filled(1, 40)
+    archive = Archive(meter, 4, 4, Pools(("device", "host"), streams=streams), LowRankKeys(rank=2).layer(meter, None))
+    archive.take(store, 0)
+    archive.prepare(lambda pages: None)
+    wanted = torch.tensor([[[0, 9, 4], [7, 8, -1]]]).int()
+    with monkeypatch.context() as patch:
+        Scarce(patch, *((streams, "beside") if where == "copying" else (archive._factors, "rebuild"))).left = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            archive.fetch(wanted)
+    assert meter.now == archive.n_bytes
+    region = archive.fetch(wanted).wait()
+    assert region.v[region.starts[0, 0], 0].tolist() == [held[0][4 * p] for p in (0, 9, 4)]
+    assert (region.k[region.starts[0, 0], 0] - torch.tensor([held[0][4 * p] for p in (0, 9, 4)])).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("codec", [None, "lowrank"])
 @pytest.mark.parametrize("left", range(4))
 def test_pages_that_could_not_leave_are_still_there(monkeypatch, codec, left):
@@ -304,7 +341,8 @@ def test_pages_that_could_not_leave_are_still_there(monkeypatch, codec, left):
     for b in range(2):
         for h, row in enumerate([[3, 70], [0, 5]]):
             assert region.v[region.starts[b, h], 0].tolist() == [held[b][4 * p] for p in row]
-            torch.testing.assert_close(region.k[region.starts[b, h], 0], torch.tensor([held[b][4 * p] for p in row]).float(), rtol=1e-3, atol=1e-2)
+            keys = torch.tensor([held[b][4 * p] for p in row]).float()
+            torch.testing.assert_close(region.k[region.starts[b, h], 0], keys, rtol=1e-3, atol=1e-2)
 
 
 def test_keys_that_could_not_become_factors_are_still_keys(monkeypatch):
