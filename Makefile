@@ -35,9 +35,9 @@ $(LIBRARIES): $(INSTALLED) $(SOURCES)
 	$(BUILD)
 	@touch $@
 
-# the AMX kernels on emulated tiles as well, for tests on machines without AMX
+# besides, the AMX kernels on emulated tiles and the CUDA kernels on emulated threads, and for real where nvcc is
 $(TEST_LIBRARIES): $(INSTALLED) $(SOURCES)
-	SPARSE_ATTN_BUILD=default,emulated $(BUILD)
+	SPARSE_ATTN_BUILD=default,emulated,cuda $(BUILD)
 	@touch $@ $(LIBRARIES)
 
 needle: $(LIBRARIES)

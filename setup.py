@@ -1,4 +1,4 @@
-"""Builds one CPU library per instruction set into sparse_attn/_native, and the host engine into kvcache/tiers.
+"""Builds one CPU library per instruction set and the CUDA library into sparse_attn/_native, and the host engine into kvcache/tiers.
 
 torch is located, never imported.
 
@@ -7,14 +7,17 @@ torch is located, never imported.
     SPARSE_ATTN_BUILD=avx512,generic python setup.py build_ext --inplace
 
 SPARSE_ATTN_BUILD is a comma list of instruction sets, or `none`, or `default`; `emulated` adds the AMX kernels on emulated
-tiles, for tests on machines without AMX. CXX names the compiler. Objects whose sources are unchanged are not rebuilt. The host engine
-needs the headers of Python and of pybind11, its own or those that come with torch; where it cannot be built the package does without.
+tiles and the CUDA kernels on emulated threads, for tests on machines without them. `cuda` is part of the default where torch is a
+CUDA build. CXX names the compiler; nvcc is looked for in PATH and CUDA_HOME. Objects whose sources are unchanged are not rebuilt. The host
+engine needs the headers of Python and of pybind11, its own or those that come with torch. Where the CUDA library or the host engine
+cannot be built the package does without.
 """
 
 import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,10 +41,17 @@ if X86:
 DEFAULT = tuple(FLAGS)
 if X86:
     FLAGS["emulated"] = [*AVX512, "-DSA_AMX", "-DSA_AMX_EMULATE"]
-NAMES = {"emulated": "amx_emulated"}
+# an sm_80 binary runs on 8.x, sm_100 on 10.x, sm_120 on 12.x; wgmma needs the a of sm_90a; PTX of the last for what comes later
+ARCHS = ("80", "90a", "100", "120")
+FLAGS |= {"cuda": ["-DSA_CUDA"], "cuda_emulated": ["-DSA_CUDA", "-DSA_CUDA_EMULATED"]}
+CUDA = ("cuda", "cuda_emulated")
+WITH = {"emulated": ("emulated", "cuda_emulated")} if X86 else {"emulated": ("cuda_emulated",)}
+NAMES = {"emulated": "cpu_amx_emulated", "cuda": "cuda", "cuda_emulated": "cuda_emulated"}
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
           "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-restrict"]
+NVCC = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".cpp"))
 HOST = "kvcache.tiers._host"
 HOST_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 HOST_SOURCES = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "host").glob("*.cpp"))
@@ -56,7 +66,8 @@ def wanted():
     names = [n.strip() for n in os.environ.get("SPARSE_ATTN_BUILD", "default").lower().split(",") if n.strip()]
     if names == ["none"]:
         return []
-    names = [isa for n in names for isa in (DEFAULT if n == "default" else (n,))]
+    default = (*DEFAULT, *(["cuda"] if torch_cuda() else []))
+    names = [isa for n in names for isa in (default if n == "default" else WITH.get(n, (n,)))]
     unknown = sorted(set(names) - set(FLAGS))
     if unknown:
         sys.exit(f"SPARSE_ATTN_BUILD names {', '.join(unknown)}; use none, default, or a list of {', '.join(FLAGS)}")
@@ -78,6 +89,30 @@ def torch_root():
         sys.exit("torch is not importable here, so the kernels cannot be built; install torch>=2.11 first and pass "
                  "--no-build-isolation to pip, or set SPARSE_ATTN_BUILD=none")
     return Path(found.origin).parent
+
+
+def torch_cuda():
+    """The CUDA version that torch was built for, or None."""
+    found = importlib.util.find_spec("torch")
+    version = Path(found.origin).parent / "version.py" if found is not None and found.origin is not None else None
+    said = re.search(r"^cuda\b.*= *'([\d.]+)'", version.read_text(), re.MULTILINE) if version is not None and version.exists() else None
+    return said and said[1]
+
+
+def nvcc():
+    """The compiler of CUDA, or None."""
+    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return next(filter(None, (shutil.which("nvcc", path=path) for path in (*map(str, homes), None))), None)
+
+
+def targets(compiler):
+    """Options for the architectures that this nvcc knows."""
+    listed = subprocess.run([compiler, "--list-gpu-code"], text=True, capture_output=True).stdout.split()
+    known = [arch for arch in ARCHS if f"sm_{arch.rstrip('a')}" in listed]
+    if known != list(ARCHS):
+        say(f"{compiler} knows sm_{', sm_'.join(known)} only; GPUs of sm_{', sm_'.join(set(ARCHS) - set(known))} need a newer one")
+    ptx = [f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"] if known else []
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known] + ptx
 
 
 def pybind11_headers():
@@ -112,8 +147,6 @@ class BuildLibraries(build_ext):
         return super().get_ext_filename(name) if host else os.path.join(*name.split(".")) + ".so"
 
     def run(self):
-        if shutil.which("nvcc"):
-            say("nvcc is here, but this version has no CUDA kernels of its own; building for the CPU only")
         if self.inplace:
             (ROOT / "sparse_attn" / "_native").mkdir(exist_ok=True)
         super().run()
@@ -121,6 +154,13 @@ class BuildLibraries(build_ext):
     def build_extensions(self):
         self.cxx, self.torch = compiler(), torch_root()
         self.build_host()
+        self.nvcc = self.gencode = None
+        self.failed = {}  # library that is done without: why
+        if any(ext.isa == "cuda" for ext in self.extensions if ext.name != HOST):
+            self.nvcc = nvcc()
+            self.gencode = targets(self.nvcc) if self.nvcc else []
+            if not self.gencode:
+                self.failed["cuda"] = "no nvcc that knows these GPUs was found in PATH or CUDA_HOME"
         jobs, links = [], []
         for ext in [ext for ext in self.extensions if ext.name != HOST]:
             isa = ext.isa
@@ -128,22 +168,44 @@ class BuildLibraries(build_ext):
                 say(f"{self.cxx[0]} does not know {' '.join(FLAGS[isa])}; skipping the {isa} library (use a newer compiler)")
                 self.extensions.remove(ext)
                 continue
-            objects = [Path(self.build_temp) / isa / f"{source.stem}.o" for source in SOURCES]
-            jobs += [(isa, source, target) for source, target in zip(SOURCES, objects)]
+            sources = CUDA_SOURCES if isa in CUDA else SOURCES
+            objects = [Path(self.build_temp) / isa / f"{source.stem}.o" for source in sources]
+            jobs += [(isa, source, target) for source, target in zip(sources, objects)]
             links.append((isa, objects, Path(self.get_ext_fullpath(ext.name))))
-        # torch's headers make library.cpp the slowest: first, so that the pool ends level
-        jobs.sort(key=lambda job: job[1].stem != "library")
+        # torch's headers and nvcc's passes are the slowest: first, so that the pool ends level
+        jobs.sort(key=lambda job: job[1].stem != "library" and job[0] != "cuda")
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 8)))) as pool:
-            list(pool.map(lambda job: self.compile_one(*job), jobs))
+            list(pool.map(lambda job: self.unless_failed(self.compile_one, *job), jobs))
         for link in links:
-            self.link_one(*link)
+            self.unless_failed(self.link_one, *link)
+        for isa, why in self.failed.items():
+            say(f"{why}; going on without the {isa} library, whose place Triton and the references take")
+            self.extensions = [ext for ext in self.extensions if ext.name == HOST or ext.isa != isa]
+
+    def unless_failed(self, step, isa, *rest):
+        """A step of a library; the package can do without the CUDA library."""
+        if isa in self.failed:
+            return
+        try:
+            step(isa, *rest)
+        except SystemExit as error:
+            if isa != "cuda":
+                raise
+            self.failed[isa] = str(error)
 
     def compile_one(self, isa, source, target):
-        command = [*self.cxx, *COMMON, *FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_cpu_{NAMES.get(isa, isa)}", "-c", str(source)]
+        flags = [*FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_{library_name(isa)}"]
+        if isa == "cuda" and source.suffix == ".cu":
+            command = [self.nvcc, *self.host_compiler(), *NVCC, *self.gencode, *flags, "-c", str(source)]
+        else:
+            command = [*self.cxx, *COMMON, *flags, *(["-x", "c++"] if source.suffix == ".cu" else []), "-c", str(source)]
         if source.stem == "library":
             # 2.11: the oldest torch whose stable ABI has what library.cpp uses
             command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(self.torch / "include")]
         self.compile(command, target, f"{source} for {isa}")
+
+    def host_compiler(self):
+        return ["-ccbin", self.cxx[0]] if os.environ.get("CXX") else []
 
     def compile(self, command, target, what):
         """An object file, unless it is there already."""
@@ -163,15 +225,19 @@ class BuildLibraries(build_ext):
         # symbols stay inside: the same std templates are compiled for another CPU in the library next door
         hide = Path(self.build_temp) / "hide.map"
         hide.write_text("{ local: *; };\n")
-        self.link(objects, library, [f"-Wl,--version-script={hide}", "-L", str(self.torch / "lib"), "-ltorch_cpu"], f"{isa} library")
+        linker, version = self.cxx, f"-Wl,--version-script={hide}"
+        if isa == "cuda":  # which knows where its own libraries are
+            linker, version = [self.nvcc, *self.host_compiler(), "-cudart=static"], f"-Xlinker=--version-script={hide}"
+        flags = [version, "-L", str(self.torch / "lib"), "-ltorch_cpu"]
+        self.link(objects, library, flags, f"{isa} library", linker)
 
-    def link(self, objects, library, flags, what):
+    def link(self, objects, library, flags, what, linker=None):
         """A shared library, unless it is there already."""
         if not self.force and library.exists() and all(o.stat().st_mtime <= library.stat().st_mtime for o in objects):
             return
         library.parent.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}.new")
-        self.call([*self.cxx, "-shared", "-o", str(fresh), *map(str, objects), *flags], what)
+        self.call([*(linker or self.cxx), "-shared", "-o", str(fresh), *map(str, objects), *flags], what)
         fresh.replace(library)  # a process that has the old one mapped keeps it
 
     def build_host(self):
@@ -198,8 +264,12 @@ class BuildLibraries(build_ext):
         say(f"compiled {what}")
 
 
+def library_name(isa):
+    return NAMES.get(isa, f"cpu_{isa}")
+
+
 def library(isa):
-    ext = Extension(f"sparse_attn._native.cpu_{NAMES.get(isa, isa)}", [str(s) for s in SOURCES])
+    ext = Extension(f"sparse_attn._native.{library_name(isa)}", [str(s) for s in (CUDA_SOURCES if isa in CUDA else SOURCES)])
     ext.isa = isa
     return ext
 

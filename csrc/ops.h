@@ -1,9 +1,15 @@
 // What a kernel sees: plain structs and one signature per op. No torch here; library.cpp fills these in.
 // Field names are the argument names of sparse_attn/ops/<op>.py, where their meaning is written down.
-// setup.py compiles every file once per instruction set with -DSA_NAMESPACE=sparse_attn_cpu_<isa>.
+// setup.py compiles every file of cpu/ once per instruction set with -DSA_NAMESPACE=sparse_attn_cpu_<isa>, those of cuda/ with -DSA_CUDA.
 #pragma once
 #include <atomic>
 #include <cstdint>
+
+#if defined(__CUDACC__)
+#define SA_HOST_DEVICE __host__ __device__
+#else
+#define SA_HOST_DEVICE
+#endif
 
 namespace SA_NAMESPACE {
 
@@ -36,6 +42,24 @@ struct Runs {
   Padding queries;  // real rows of q
 };
 
+#if defined(SA_CUDA)
+
+// A tensor that the kernels of one call scribble in; its last dimensions, the first ones are 1.
+struct Work {
+  void* data;
+  int64_t size[4];
+};
+
+// The device and stream that a call is enqueued on, and the workspaces that Python allocated for it, see sparse_attn/ops/cuda.py.
+struct Stream {
+  int device;
+  void* handle;
+  Work work[4];
+};
+using Where = Stream;
+
+#else
+
 // Runs worker(state) once on every thread that torch would use; library.cpp implements it with at::parallel_for.
 struct Parallel {
   void (*run)(void (*worker)(void*), void* state);
@@ -62,13 +86,16 @@ void parallel_tasks(const Parallel& parallel, int64_t tasks, const Worker& worke
   if (tasks <= 0) return;
   parallel.run([](void* s) { static_cast<State*>(s)->worker(static_cast<State*>(s)->queue); }, &state);
 }
+using Where = Parallel;
+
+#endif
 
 // Read with broadcasting: the stride of a dimension of size 1 is 0; null for none.
 template <class T>
 struct Strided {
   const T* data;
   int64_t stride[4];
-  T at(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
+  SA_HOST_DEVICE T at(int64_t b, int64_t h, int64_t i = 0, int64_t j = 0) const {
     return data[b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3]];
   }
 };
@@ -84,7 +111,7 @@ struct AntidiagonalScore {
   Padding padding;
   float* out;  // [B, H, Qb, Kb], contiguous
 };
-void antidiagonal_score(const AntidiagonalScore& args, const Parallel& parallel);
+void antidiagonal_score(const AntidiagonalScore& args, const Where& where);
 
 struct WindowScore {
   View q, k;
@@ -98,7 +125,7 @@ struct WindowScore {
   Padding padding;
   float *columns, *diagonals;  // [B, H, Nk], contiguous
 };
-void window_score(const WindowScore& args, const Parallel& parallel);
+void window_score(const WindowScore& args, const Where& where);
 
 // of the query heads of a group
 enum class Reduce { mean, sum, max };
@@ -112,7 +139,7 @@ struct KeyMass {
   Reduce reduce;
   float* out;  // [S], contiguous
 };
-void key_mass(const KeyMass& args, const Parallel& parallel);
+void key_mass(const KeyMass& args, const Where& where);
 
 struct StridedScore {
   View q, k;
@@ -125,7 +152,7 @@ struct StridedScore {
   Padding padding;
   float* out;  // [B, H, Qb, Kb], contiguous
 };
-void strided_score(const StridedScore& args, const Parallel& parallel);
+void strided_score(const StridedScore& args, const Where& where);
 
 struct SelectBlocks {
   View score;               // fp32 [B, H, Qb, Kb]
@@ -140,7 +167,7 @@ struct SelectBlocks {
   int32_t* counts;   // [B, H, Qb], contiguous
   int32_t* indices;  // [B, H, Qb, Kb], contiguous
 };
-void select_blocks(const SelectBlocks& args, const Parallel& parallel);
+void select_blocks(const SelectBlocks& args, const Where& where);
 
 enum class Pool { mean, max, min, unit_mean };
 
@@ -151,7 +178,7 @@ struct PoolBlocks {
   Padding padding;
   float* out;  // [B, H, ceil(N / block), D], contiguous
 };
-void pool_blocks(const PoolBlocks& args, const Parallel& parallel);
+void pool_blocks(const PoolBlocks& args, const Where& where);
 
 struct WindowMass {
   View q, k;  // k: [1, 1, S, D]
@@ -165,7 +192,7 @@ struct WindowMass {
   Reduce reduce;
   float* out;  // [S], contiguous
 };
-void window_mass(const WindowMass& args, const Parallel& parallel);
+void window_mass(const WindowMass& args, const Where& where);
 
 struct PooledScore {
   View q_pooled, k_pooled;  // fp32
@@ -176,7 +203,7 @@ struct PooledScore {
   Padding padding;
   float* out;  // [B, H, Qb, Kb], contiguous
 };
-void pooled_score(const PooledScore& args, const Parallel& parallel);
+void pooled_score(const PooledScore& args, const Where& where);
 
 struct SelectGlobal {
   View score;               // fp32 [B, H, Qb, Kb]
@@ -191,14 +218,14 @@ struct SelectGlobal {
   int32_t* counts;   // [B, H, Qb], contiguous
   int32_t* indices;  // [B, H, Qb, Kb], contiguous
 };
-void select_global(const SelectGlobal& args, const Parallel& parallel);
+void select_global(const SelectGlobal& args, const Where& where);
 
 struct JsDistance {
   Strided<float> p, q;  // [B, H, N]
   int64_t batch, heads, n;
   float* out;  // [B, H], contiguous
 };
-void js_distance(const JsDistance& args, const Parallel& parallel);
+void js_distance(const JsDistance& args, const Where& where);
 
 struct KeepTop {
   const float* score;  // [n_rows], contiguous
@@ -208,7 +235,7 @@ struct KeepTop {
   int64_t batch, kv_heads, slots;
   int32_t* out;  // [B, Hkv, slots], contiguous
 };
-void keep_top(const KeepTop& args, const Parallel& parallel);
+void keep_top(const KeepTop& args, const Where& where);
 
 struct MoveRows {
   char* rows;  // contiguous
@@ -216,7 +243,7 @@ struct MoveRows {
   const int64_t *sources, *targets;  // [n]
   int64_t n;
 };
-void move_rows(const MoveRows& args, const Parallel& parallel);
+void move_rows(const MoveRows& args, const Where& where);
 
 struct LowrankKeys {
   void* rows;  // [n_rows, D], contiguous, in the factors' dtype
@@ -231,7 +258,7 @@ struct LowrankKeys {
   int64_t n_far, n_near, pairs;
   bool interleaved;
 };
-void lowrank_keys(const LowrankKeys& args, const Parallel& parallel);
+void lowrank_keys(const LowrankKeys& args, const Where& where);
 
 struct PageScore {
   View q;
@@ -240,7 +267,7 @@ struct PageScore {
   Reduce reduce;
   float* out;  // [P], contiguous
 };
-void page_score(const PageScore& args, const Parallel& parallel);
+void page_score(const PageScore& args, const Where& where);
 
 struct RowScore {
   View q;
@@ -251,7 +278,7 @@ struct RowScore {
   Reduce reduce;
   float* out;  // [P], contiguous
 };
-void row_score(const RowScore& args, const Parallel& parallel);
+void row_score(const RowScore& args, const Where& where);
 
 struct BlockSparseAttention {
   View q, k, v;
@@ -274,7 +301,7 @@ struct BlockSparseAttention {
   View out;    // [B, H, Nq, Dv], in q's dtype
   float* lse;  // [B, H, Nq], contiguous
 };
-void block_sparse_attention(const BlockSparseAttention& args, const Parallel& parallel);
+void block_sparse_attention(const BlockSparseAttention& args, const Where& where);
 
 struct PagedAttention {
   View q;
@@ -291,6 +318,6 @@ struct PagedAttention {
   View out;            // [B, H, Nq, Dv], in q's dtype
   float* lse;          // [B, H, Nq], contiguous
 };
-void paged_attention(const PagedAttention& args, const Parallel& parallel);
+void paged_attention(const PagedAttention& args, const Where& where);
 
 }  // namespace SA_NAMESPACE

@@ -12,7 +12,7 @@ struct Span {
   int64_t q_start;    // position of the first real query, counted from the first real key
 };
 
-inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, const Padding& padding) {
+SA_HOST_DEVICE inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, const Padding& padding) {
   const int64_t first = std::max<int64_t>(padding.first ? padding.first[b] : 0, 0);
   int64_t end = std::min<int64_t>(padding.last ? padding.last[b] : n_k, n_k);
   int64_t r0 = 0, r1 = n_q;
@@ -32,7 +32,7 @@ struct Reach {
 
 // Args is an op's struct with block_q, block_k, causal and window
 template <class Args>
-Reach reach(const Args& a, const Span& span, int64_t block) {
+SA_HOST_DEVICE Reach reach(const Args& a, const Span& span, int64_t block) {
   const int64_t start = block * a.block_q, end = std::min(start + a.block_q, span.n_q);
   if (!a.causal) {
     const int64_t blocks = (span.n_k + a.block_k - 1) / a.block_k;

@@ -39,3 +39,9 @@ def skip_unless(op, backend: str, *args, **kwargs) -> None:
     if not hypothesis.currently_in_test_context():
         pytest.skip(f"{backend}: {refusal}")
     hypothesis.reject()
+
+
+def skip_unless_it_looks(backend: str) -> None:
+    """Skip where a kernel is not asked to refuse what a tensor holds: on a GPU looking would cost a synchronisation."""
+    if backend == "cuda_emulated":
+        pytest.skip("cuda_emulated: does not look at what tensors hold; test_cuda.py has what it does instead")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, skip_unless, skip_unless_it_looks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,11 +168,12 @@ def test_a_cache_is_compacted_packed_opened_and_patched(backend, threads):
 @op_backends("move_rows")
 def test_no_thread_overwrites_what_another_still_reads(backend):
     """Rows that all move by one place: each entry writes what the one before it reads. Again and again, for it is a race."""
+    few = 4 if backend == "cuda_emulated" else 20  # its buffer still has to be filled several times
     rows = torch.arange(20000.0)[:, None].repeat(1, 64)
     up, down = torch.arange(1, len(rows)), torch.arange(len(rows) - 1)
     skip_unless(move_rows, backend, rows, up, down)
     with use_backend(backend), running_on(4):
-        for _ in range(20):
+        for _ in range(few):
             closed, opened = rows.clone(), rows.clone()
             move_rows(closed, up, down)
             move_rows(opened, down.flip(0), up.flip(0))
@@ -219,6 +220,7 @@ def test_bad_input_gets_a_sentence(call, sentence):
 ])  # fmt: skip
 def test_bad_values_get_a_sentence_from_every_backend_and_nothing_is_written(backend, op, args, sentence):
     skip_unless(op, backend, *args)
+    skip_unless_it_looks(backend)
     if op is move_rows:
         args[0].copy_(torch.arange(40.0).view_as(args[0]))
     before = args[0].clone()

@@ -16,7 +16,7 @@ import torch
 
 from . import __version__
 from .errors import NoBackendError
-from .ops import OPS, native
+from .ops import OPS, cuda, native
 
 DTYPES = (torch.bfloat16, torch.float32)
 _FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -84,7 +84,7 @@ def status() -> dict:
         },
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "torch": torch.__version__,
-        "libraries": {isa: native.why_not(isa) for isa in native.ISAS},
+        "libraries": {isa: native.why_not(isa) for isa in native.ISAS} | {"cuda": cuda.why_not()},
         "forced": os.environ.get("SPARSE_ATTN_BACKEND") or None,
         "ops": [verdict(op, dtype, device) for op in OPS for device in devices for dtype in DTYPES],
     }
@@ -107,7 +107,7 @@ def _merged(verdicts: list[dict]) -> list[tuple[str, str, str]]:
 def text(found: dict) -> str:
     """The table."""
     cpu, libraries = found["cpu"], found["libraries"]
-    ready = [isa for isa in reversed(libraries) if libraries[isa] is None]
+    ready = [isa for isa in (*reversed(native.ISAS), "cuda") if libraries[isa] is None]
     lines = [
         f"sparse_attn {found['version']}   CPU: {cpu['name']}, {' '.join(cpu['features']) or 'no AVX2'} ({cpu['cores']} cores)   "
         f"GPU: {', '.join(found['gpu']) or 'none'}   torch {found['torch']}   libraries: {' '.join(ready) or 'none'}"

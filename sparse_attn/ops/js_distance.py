@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import require
 from . import native
 from .registry import op
+from .triton import frame
 
 
 @op
@@ -45,3 +46,4 @@ def _distance(p, q):
 
 
 native.add(js_distance, _distance)
+frame.add(js_distance, _distance)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .registry import op
 
 
@@ -25,8 +25,9 @@ def move_rows(rows: Tensor, sources: Tensor, targets: Tensor) -> None:
             lies before its source.
 
     Raises:
-        ContractError: on rows that are not contiguous, mismatched lengths or dtypes, a row that does not exist, or entries in
-            any other order. Nothing was written then.
+        ContractError: on rows that are not contiguous, mismatched lengths or dtypes, and (on CPU, where looking is free) a row that
+            does not exist, or entries in any other order. Nothing was written then. On a GPU an entry that names no row is left
+            out, and what entries in another order leave in their targets is not defined.
     """
     require(rows.is_contiguous(), "rows must be contiguous, they are moved whole; pass the tensor that owns the memory")
     if rows.device.type == "cpu":  # where looking is free
@@ -52,4 +53,15 @@ def _nothing(rows, sources, targets):
     return None
 
 
+# of buffer for each multiprocessor: together less than an L2 cache holds
+_BUFFER_BYTES = 1 << 18
+
+
+def _buffer(processors, rows, sources, targets):
+    row_bytes = max(1, rows[:1].numel() * rows.element_size())
+    at_once = min(len(sources), max(1, processors * _BUFFER_BYTES // row_bytes))
+    return (torch.empty(at_once * row_bytes, dtype=torch.uint8, device=rows.device),)
+
+
+cuda.add(move_rows, _nothing, work=_buffer)
 native.add(move_rows, _nothing)

@@ -82,10 +82,7 @@ def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | N
         broken = why_not(isa) or _lacks(isa, op.name)
         if broken is not None:
             return broken
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.device.type != "cpu":
-                return f"needs CPU tensors, got {arg.device}"
-        return refuses(isa, *args)
+        return misplaced("cpu", args) or refuses(isa, *args)
 
     def run(*args, out=None):
         results = outputs(*args) if out is None else out
@@ -96,7 +93,16 @@ def _add_one(op: Op, isa: str, outputs: Callable, refuses: Callable[..., str | N
             raise ContractError(f"{op.name}: {error}") from None
         return results
 
-    op.backend(f"cpu_{isa}", why_not=refusal)(run)
+    op.backend(f"cpu_{isa}", why_not=refusal, by_name_only=isa in TEST_ISAS)(run)
+
+
+def misplaced(kind: str, args: tuple, needs: str | None = None) -> str | None:
+    """None, or what tensors that do not all lie on one device of a kind need: 'needs CUDA tensors, got cpu'."""
+    places = dict.fromkeys(arg.device for arg in args if isinstance(arg, Tensor))
+    for device in places:
+        if device.type != kind:
+            return f"needs {needs or kind.upper() + ' tensors'}, got {device}"
+    return f"needs all tensors on one device, got {' and '.join(map(str, places))}" if len(places) > 1 else None
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,6 +9,7 @@ from ..errors import require
 from . import native
 from .contract import DTYPES
 from .registry import op
+from .triton import frame
 
 KINDS = ("mean", "max", "min", "unit_mean")
 
@@ -75,3 +76,4 @@ def _out(x, block, *rest):
 
 
 native.add(pool_blocks, _out, lambda isa, x, *rest: native.needs_dtype(x))
+frame.add(pool_blocks, _out, frame.needs_width)

@@ -44,6 +44,7 @@ class Backend:
     name: str
     run: Callable
     why_not: Callable[..., str | None]
+    by_name_only: bool = False  # slow twins for tests: they run when forced, and are never chosen
 
 
 class Op:
@@ -90,12 +91,12 @@ class Op:
         torch.library.register_fake(f"sparse_attn::{self.name}", fn, lib=LIBRARY)
         return fn
 
-    def backend(self, name: str, why_not: Callable[..., str | None]) -> Callable:
+    def backend(self, name: str, why_not: Callable[..., str | None], by_name_only: bool = False) -> Callable:
         """Add a backend behind those already there; ``run`` takes the op's arguments, plus ``out=`` if it can fill one."""
 
         def register(run: Callable) -> Callable:
             require(name not in self.names, f"{self.name} already has a backend named {name}; choose another name")
-            self.backends.append(Backend(name, run, why_not))
+            self.backends.append(Backend(name, run, why_not, by_name_only))
             self._settled.clear()
             return run
 
@@ -149,6 +150,8 @@ class Op:
             return wanted, self._forced_run(wanted, args)
         refusals = []
         for backend in self.backends:
+            if backend.by_name_only:
+                continue
             refusal = backend.why_not(*args)
             if refusal is None:
                 return backend.name, backend.run

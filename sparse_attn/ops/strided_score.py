@@ -10,6 +10,7 @@ from . import native
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
 from .spans import Span, spans
+from .triton import frame
 
 
 def _one_block(q: Tensor, k: Tensor, start: int, span: Span, residue: int, block_k: int, stride: int, scale: float, causal: bool,
@@ -99,3 +100,4 @@ def _scores(q, k, block_q, block_k, *rest, **named):
 
 
 native.add(strided_score, _scores, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(strided_score, _scores, frame.needs_width)

@@ -9,6 +9,7 @@ from ..errors import require
 from . import native
 from .registry import op
 from .runs import REDUCE, logits, require_reduce, require_runs, runs
+from .triton import frame
 
 
 def _average(sums: Tensor, kernel: int) -> Tensor:
@@ -99,3 +100,4 @@ def _mass(q, k, *rest, **named):
 
 
 native.add(window_mass, _mass, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(window_mass, _mass, frame.needs_width)

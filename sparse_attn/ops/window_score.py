@@ -10,6 +10,7 @@ from . import native
 from .contract import require_heads, require_span
 from .registry import op
 from .spans import spans
+from .triton import frame
 
 
 @op
@@ -82,3 +83,4 @@ def _masses(q, k, rows, scale, *rest, **named):
 
 
 native.add(window_score, _masses, lambda isa, q, *rest: native.needs_dtype(q))
+frame.add(window_score, _masses, frame.needs_width)

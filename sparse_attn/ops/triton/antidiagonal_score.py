@@ -125,7 +125,7 @@ def run(out, q, k, block_q, block_k, stride, scale, q_start, causal, window, alt
         groups = blocks * per_q
         grid = triton.cdiv(k_blocks, config["COLUMNS"] // wide), triton.cdiv(groups, config["ROWS"]), batch * heads
         frame.launch(block_sums, grid, q, k, sums, first, last, *q.stride(), *k.stride(), begin * per_q, groups, n_q, n_k, q_start,
-                     window, heads, heads // k.shape[1], k_blocks, float(scale), STRIDE=stride, BLOCK=per_k, WIDE_BLOCK=wide, CAUSAL=causal,
-                     WINDOW=window > 0, ALTERNATE=alternate, D=dim, **config)
+                     window, heads, heads // k.shape[1], k_blocks, float(scale), STRIDE=stride, BLOCK=per_k, WIDE_BLOCK=wide,
+                     CAUSAL=causal, WINDOW=window > 0, ALTERNATE=alternate, D=dim, **config)
         frame.launch(shares, (blocks, batch * heads), sums, out, groups, begin, q_blocks, k_blocks, BLOCK=per_q,
                      WIDTH=frame.power(k_blocks), num_warps=4)

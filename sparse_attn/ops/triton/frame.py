@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import needs_dtype
+from ..native import misplaced, needs_dtype
 from ..registry import Op
 
 OLDEST = (3, 6)
 OLDEST_ARCH = 80
 WIDEST = 256  # channels of a row
+# the default differs between 3.6 and 3.9
+OPTIONS = dict(enable_fp_fusion=True)
 # a stand-in for a GPU's: few, so that tests meet every loop
 _INTERPRETED_PROCESSORS = 8
 
@@ -61,25 +63,15 @@ def processors(device: torch.device) -> int:
     return _INTERPRETED_PROCESSORS if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _misplaced(args: tuple) -> str | None:
-    places = dict.fromkeys(arg.device for arg in args if isinstance(arg, Tensor))
-    kind = "cpu" if interpreted() else "cuda"
-    for device in places:
-        if device.type != kind:
-            return f"needs {'CPU tensors under TRITON_INTERPRET=1' if interpreted() else 'CUDA tensors'}, got {device}"
-    if len(places) > 1:
-        return f"needs all tensors on one device, got {' and '.join(map(str, places))}"
-    return None
-
-
 def why_not(*args) -> str | None:
     """What keeps Triton from any op with these arguments; the first of them has the dtype of the products."""
-    refusal = _misplaced(args) or missing()
+    refusal = (misplaced("cpu", args, "CPU tensors under TRITON_INTERPRET=1") if interpreted() else misplaced("cuda", args)) or missing()
     if refusal is not None:
         return refusal
     if interpreted():
-        wrong = args[0].dtype == torch.bfloat16
-        return "needs float16 or float32 under TRITON_INTERPRET=1, got bfloat16, which the interpreter gets wrong" if wrong else None
+        if args[0].dtype == torch.bfloat16:
+            return "needs float16 or float32 under TRITON_INTERPRET=1, got bfloat16, which the interpreter gets wrong"
+        return None
     if torch.version.hip:
         return f"needs an NVIDIA GPU, got ROCm {torch.version.hip}"
     found = arch(args[0].device)
@@ -126,7 +118,7 @@ def pinned(table: dict[int, dict[str, int]], device: torch.device) -> dict[str, 
 def launch(kernel: Any, grid: tuple[int, ...], *args, **named) -> None:
     """Run a kernel on the current stream, unless there is nothing to do."""
     if all(grid):
-        kernel[grid](*args, **named)
+        kernel[grid](*args, **named, **OPTIONS)
 
 
 def power(n: int, least: int = 16) -> int:

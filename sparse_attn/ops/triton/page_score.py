@@ -35,7 +35,8 @@ def bound(q, low, high, starts, pages, q_first, q_last, score,
         first, last = real_queries(q_first, q_last, run // KV_HEADS, n_q)
         best = tl.full([TILE, HEADS], float("-inf"), tl.float32)
         for at in range(first, last, EDGE):
-            x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, at, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM, WIDTH)
+            x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, at, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM,
+                                    WIDTH)
             upper = tl.dot(largest, tl.trans(tl.maximum(x, 0.0).to(x.dtype)), input_precision="ieee")
             upper = tl.dot(smallest, tl.trans(tl.minimum(x, 0.0).to(x.dtype)), upper, input_precision="ieee")
             upper = tl.where(there[None, :], upper, float("-inf"))
@@ -52,6 +53,7 @@ def run(score: Tensor, q: Tensor, low: Tensor, high: Tensor, starts: Tensor, pag
     group = q.shape[1] // kv_heads
     heads, edge = frame.edges(group, q.shape[2])
     config = frame.pinned(CONFIGS, q.device)
-    frame.launch(bound, (triton.cdiv(low.shape[0], config["TILE"]),), q, low, high, starts.contiguous(), pages.contiguous(), q_first,
-                 q_last, score, low.shape[0], q.shape[2], *q.stride(), low.stride(0), high.stride(0), KV_HEADS=kv_heads, N_RUNS=n_runs,
-                 RUNS=frame.power(n_runs), GROUP=group, HEADS=heads, EDGE=edge, DIM=dim, WIDTH=frame.power(dim), REDUCE=reduce, **config)
+    frame.launch(bound, (triton.cdiv(low.shape[0], config["TILE"]),), q, low, high, starts.contiguous(), pages.contiguous(),
+                 q_first, q_last, score, low.shape[0], q.shape[2], *q.stride(), low.stride(0), high.stride(0), KV_HEADS=kv_heads,
+                 N_RUNS=n_runs, RUNS=frame.power(n_runs), GROUP=group, HEADS=heads, EDGE=edge, DIM=dim, WIDTH=frame.power(dim),
+                 REDUCE=reduce, **config)

@@ -1,7 +1,7 @@
 """row_score: as page_score with one table; soft scores first meet every row once for the sums of their softmax.
 
-Two kernels where they are soft: ``sums`` cuts each run into parts and leaves the log-sum-exp of every query and part, ``score``
-joins the parts of a query again for each tile of rows.
+Two kernels where they are soft: ``run_sums`` leaves the log-sum-exp of every query and part of a run, ``score`` joins the parts
+of a query again for each tile of rows.
 """
 
 import torch
@@ -10,47 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import frame
-from .tiles import load_queries, load_rows, log_sum, overlapping, real_queries, reduced, soften
+from .run_sums import joined, parts_of, sums
+from .tiles import load_queries, load_rows, overlapping, real_queries, reduced
 
 CONFIGS = {
     80: dict(TILE=64, num_warps=4, num_stages=2),
     90: dict(TILE=64, num_warps=4, num_stages=3),
 }
-_MOST_PARTS = 64
-
-
-@triton.jit
-def sums(q, rows, starts, lengths, q_first, q_last, part_lse,
-         n_q, n_parts, scale, q_b, q_h, q_i, q_d, row_stride,
-         KV_HEADS: tl.constexpr, N_RUNS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, EDGE: tl.constexpr,
-         DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Log-sum-exp of a tile of queries over one part of one run: part_lse ``[runs, tiles of queries, parts, HEADS * EDGE]``."""
-    part, block, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last = real_queries(q_first, q_last, run // KV_HEADS, n_q)
-    x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, first + block * EDGE, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM,
-                        WIDTH)
-    start, length = tl.load(starts + run), tl.load(lengths + run)
-    share = tl.cdiv(tl.cdiv(length, n_parts), TILE) * TILE
-    top = tl.full([HEADS * EDGE], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS * EDGE], tl.float32)
-    for at in range(part * share, tl.minimum(length, (part + 1) * share), TILE):
-        row = at + tl.arange(0, TILE)
-        tile = load_rows(rows, start + row, row_stride, row < length, DIM, WIDTH)
-        logits = tl.dot(x, tl.trans(tile), input_precision="ieee") * scale
-        p, top, total, fade = soften(tl.where((row < length)[None, :], logits, float("-inf")), top, total)
-    to = ((run.to(tl.int64) * tl.num_programs(1) + block) * n_parts + part) * (HEADS * EDGE) + tl.arange(0, HEADS * EDGE)
-    tl.store(part_lse + to, log_sum(top, total))
-
-
-@triton.jit
-def joined(part_lse, n_parts, MOST: tl.constexpr, QUERIES: tl.constexpr):
-    """Log-sum-exp ``[QUERIES]`` of the parts of one run and tile of queries."""
-    part = tl.arange(0, MOST)
-    lses = tl.load(part_lse + part[None, :] * QUERIES + tl.arange(0, QUERIES)[:, None], mask=(part < n_parts)[None, :],
-                   other=float("-inf"))
-    top = tl.max(lses, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    return log_sum(top, tl.sum(tl.exp(lses - top[:, None]), 1))
 
 
 @triton.jit
@@ -70,7 +36,8 @@ def score(q, rows, starts, lengths, q_first, q_last, part_lse, out,
         first, last = real_queries(q_first, q_last, run // KV_HEADS, n_q)
         best = tl.full([TILE, HEADS], float("-inf"), tl.float32)
         for at in range(first, last, EDGE):
-            x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, at, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM, WIDTH)
+            x, there = load_queries(q, run // KV_HEADS, run % KV_HEADS, at, last, q_b, q_h, q_i, q_d, GROUP, HEADS, EDGE, DIM,
+                                    WIDTH)
             value = tl.dot(tile, tl.trans(x), input_precision="ieee") * scale
             if part_lse is not None:
                 to = (tl.cast(run, tl.int64) * blocks + (at - first) // EDGE) * n_parts * (HEADS * EDGE)
@@ -88,14 +55,13 @@ def run(out: Tensor, q: Tensor, rows: Tensor, starts: Tensor, lengths: Tensor, s
     heads, edge = frame.edges(q.shape[1] // kv_heads, n_q)
     config, blocks = frame.pinned(CONFIGS, q.device), triton.cdiv(n_q, edge)
     starts, lengths = starts.contiguous(), lengths.contiguous()
-    same = dict(KV_HEADS=kv_heads, N_RUNS=n_runs, GROUP=q.shape[1] // kv_heads, HEADS=heads, EDGE=edge, DIM=dim,
-                WIDTH=frame.power(dim)) | config
+    same = dict(KV_HEADS=kv_heads, GROUP=q.shape[1] // kv_heads, HEADS=heads, EDGE=edge, DIM=dim, WIDTH=frame.power(dim)) | config
     part_lse, parts = None, 1
     if soft:
-        parts = max(1, min(_MOST_PARTS, 4 * frame.processors(q.device) // max(n_runs * blocks, 1), rows.shape[0] // config["TILE"]))
+        parts = parts_of(n_runs * blocks, rows.shape[0], config["TILE"], q.device)
         part_lse = torch.empty(n_runs, blocks, parts, heads * edge, dtype=torch.float32, device=q.device)
         frame.launch(sums, (parts, blocks, n_runs), q, rows, starts, lengths, q_first, q_last, part_lse, n_q, parts, float(scale),
-                     *q.stride(), rows.stride(0), **same)
+                     0.0, *q.stride(), rows.stride(0), CAUSAL=False, CAPPED=False, **same)
     frame.launch(score, (triton.cdiv(rows.shape[0], config["TILE"]),), q, rows, starts, lengths, q_first, q_last, part_lse, out,
-                 rows.shape[0], n_q, parts, blocks, float(scale), *q.stride(), rows.stride(0), RUNS=frame.power(n_runs),
-                 MOST=frame.power(parts, 1), REDUCE=reduce, **same)
+                 rows.shape[0], n_q, parts, blocks, float(scale), *q.stride(), rows.stride(0), N_RUNS=n_runs,
+                 RUNS=frame.power(n_runs), MOST=frame.power(parts, 1), REDUCE=reduce, **same)
