@@ -76,7 +76,9 @@ STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
   m.def("missing(int device) -> str");
   m.impl("missing", TORCH_BOX(&missing));
   // one line per op, from here on
+  SA_SERVE(lowrank_keys);
   SA_SERVE(move_rows);
+  SA_SERVE(paged_attention);
 }
 
 }  // namespace SA_NAMESPACE

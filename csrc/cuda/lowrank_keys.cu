@@ -135,7 +135,7 @@ class Block {
         }
       }
     } else {
-#pragma unroll 4
+#pragma unroll 2
       for (int k = 0; k < S::kStep; ++k)
 #pragma unroll
         for (int token = 0; token < 16; ++token) {
@@ -165,16 +165,18 @@ class Block {
   // the angle of a position is the sum of two
   SA_DEVICE void turn(int half) {
     const LowrankKeys& a = call_.a;
-    for (int64_t i = thread(); i < S::kHalf * a.pairs; i += kThreads) {
-      const int64_t token = i / a.pairs, pair = i % a.pairs, source = places_[half + token].source;
+    const int pairs = int(a.pairs);
+    for (int i = thread(); i < S::kHalf * pairs; i += kThreads) {
+      const int token = i / pairs, pair = i % pairs;
+      const int64_t source = places_[half + token].source;
       if (source < 0 || !call_.knows(a.positions[source])) continue;
       const uint32_t position = a.positions[source], n_near = uint32_t(a.n_near);
-      const float* const far = a.far + int64_t(position / n_near) * 2 * a.pairs + pair;
-      const float* const near = a.near + int64_t(position % n_near) * 2 * a.pairs + pair;
-      const float cosine = far[0] * near[0] - far[a.pairs] * near[a.pairs];
-      const float sine = far[a.pairs] * near[0] + far[0] * near[a.pairs];
+      const float* const far = a.far + int64_t(position / n_near) * 2 * pairs + pair;
+      const float* const near = a.near + int64_t(position % n_near) * 2 * pairs + pair;
+      const float cosine = far[0] * near[0] - far[pairs] * near[pairs];
+      const float sine = far[pairs] * near[0] + far[0] * near[pairs];
       float* const one = keys_ + token * S::kKeyPitch + (a.interleaved ? 2 * pair : pair);
-      float* const other = one + (a.interleaved ? 1 : a.pairs);
+      float* const other = one + (a.interleaved ? 1 : pairs);
       const float x = *one, y = *other;
       *one = x * cosine - y * sine;
       *other = y * cosine + x * sine;
@@ -183,16 +185,16 @@ class Block {
 
   SA_DEVICE void write(int half) const {
     const LowrankKeys& a = call_.a;
-    const int64_t width = a.basis.size[3], vectors = (width + S::kPerVector - 1) / S::kPerVector;
-    for (int64_t i = thread(); i < S::kHalf * vectors; i += kThreads) {
-      const int64_t token = i / vectors, at = i % vectors * S::kPerVector;
+    const int width = int(a.basis.size[3]), vectors = (width + S::kPerVector - 1) / S::kPerVector;
+    for (int i = thread(); i < S::kHalf * vectors; i += kThreads) {
+      const int token = i / vectors, at = i % vectors * S::kPerVector;
       const PageTable::Place place = places_[half + token];
       if (place.source < 0 || !call_.knows(a.positions[place.source])) continue;
       const float* const key = keys_ + token * S::kKeyPitch + at;
       Element* const to = static_cast<Element*>(a.rows) + place.target * width + at;
       if (call_.whole_rows) store16(to, pack<Element>(key));
       else
-        for (int64_t e = 0; e < S::kPerVector && at + e < width; ++e) to[e] = from_float<Element>(key[e]);
+        for (int e = 0; e < S::kPerVector && at + e < width; ++e) to[e] = from_float<Element>(key[e]);
     }
   }
 

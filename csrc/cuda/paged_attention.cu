@@ -60,7 +60,7 @@ struct Shape {
   static constexpr int kChannels = kVectors * kPerVector;  // of a lane
   static constexpr int kWidth = kTeam * kChannels;         // a row has no more channels
   static constexpr int kLanesPerQuery = kTeam / kQueries;  // of a team, once its dot products are summed
-  static constexpr int kAhead = 4 / kVectors;              // rows that a team loads and computes together
+  static constexpr int kAhead = (kWhole ? 4 : 2) / kVectors;  // rows that a team loads and computes together
   static constexpr int kBlocks = kQueries <= 4 ? 3 : 2;    // on a multiprocessor: what registers allow
   static constexpr int64_t kShared = sizeof(float) * kQueries * (kWarps * kWidth + 2 * kTeams);
   // channel of a row that a lane has as its number c

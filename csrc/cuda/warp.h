@@ -45,16 +45,19 @@ class Peers {
 // c += a @ b; Element is bf16 or fp16
 template <class Element>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Element mine_a[8], mine_b[4];
+  std::memcpy(mine_a, a, sizeof a), std::memcpy(mine_b, b, sizeof b);
   struct Held {
-    Element a[8], b[4];
+    float a[8], b[4];
   } mine;
-  std::memcpy(mine.a, a, sizeof a), std::memcpy(mine.b, b, sizeof b);
+  std::transform(mine_a, mine_a + 8, mine.a, [](Element x) { return to_float(x); });
+  std::transform(mine_b, mine_b + 4, mine.b, [](Element x) { return to_float(x); });
   const void* const* lanes = warp_meet(&mine);
   float whole_a[16][16], whole_b[16][8];
   for (int other = 0; other < 32; ++other) {
     const Held& held = *static_cast<const Held*>(lanes[other]);
-    for (int i = 0; i < 8; ++i) whole_a[fragment_a(other, i).row][fragment_a(other, i).column] = to_float(held.a[i]);
-    for (int i = 0; i < 4; ++i) whole_b[fragment_b(other, i).row][fragment_b(other, i).column] = to_float(held.b[i]);
+    for (int i = 0; i < 8; ++i) whole_a[fragment_a(other, i).row][fragment_a(other, i).column] = held.a[i];
+    for (int i = 0; i < 4; ++i) whole_b[fragment_b(other, i).row][fragment_b(other, i).column] = held.b[i];
   }
   warp_part();
   for (int i = 0; i < 4; ++i) {

@@ -32,26 +32,6 @@ def turns_at(positions: Tensor, far: Tensor, near: Tensor) -> Tensor:
     return torch.stack([cos * cos_near - sin * sin_near, sin * cos_near + cos * sin_near], -2)
 
 
-def _tokens(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n]`` numbers of the tokens of the longest page, and bool ``[B, Hkv, P, n]``: those that each page has."""
-    token = torch.arange(int(counts.max()) if counts.numel() else 0, device=counts.device)
-    return token, token < counts[..., None]
-
-
-def _require_known(rows: Tensor, factors: Tensor, starts: Tensor, counts: Tensor, targets: Tensor, positions: Tensor, far: Tensor,
-                   near: Tensor) -> None:
-    """On a CPU, where looking is free: pages lie inside what they name, and their positions inside the tables."""
-    if factors.device.type != "cpu":
-        return
-    for what, first, size in (("factors", starts, len(factors)), ("rows", targets, len(rows))):
-        inside = (counts == 0) | (counts > 0) & (first >= 0) & (first + counts <= size)
-        require(bool(inside.all()), f"a page lies outside the {size} {what}")
-    if far.shape[2]:
-        token, real = _tokens(counts)
-        at, known = positions[(starts[..., None] + token)[real]], len(far) * len(near)
-        require(bool(((at >= 0) & (at < known)).all()), f"a position lies outside the {known} that far and near tell of")
-
-
 @op(mutates=("rows",))
 def lowrank_keys(
     rows: Tensor,
@@ -87,13 +67,20 @@ def lowrank_keys(
 
     Raises:
         ContractError: on mismatched shapes or dtypes, or (on CPU) a page outside ``factors`` or ``rows``, or a position outside the
-            tables. Nothing was written then.
+            tables. Nothing was written then. The backend cuda leaves out such pages and such tokens.
     """
-    _require_known(rows, factors, starts, counts, targets, positions, far, near)
     wide = torch.promote_types(factors.dtype, torch.float32)
-    token, real = _tokens(counts)
+    token = torch.arange(int(counts.max()) if counts.numel() else 0, device=counts.device)
+    real = token < counts[..., None]  # [B, Hkv, P, tokens of the longest page]
+    if factors.device.type == "cpu":  # where looking is free
+        for what, first, size in (("factors", starts, len(factors)), ("rows", targets, len(rows))):
+            inside = (counts == 0) | (counts > 0) & (first >= 0) & (first + counts <= size)
+            require(bool(inside.all()), f"a page lies outside the {size} {what}")
     sources = (starts[..., None] + token).masked_fill(~real, 0)
     at = positions[sources[real]].long()
+    if factors.device.type == "cpu" and far.shape[2]:
+        known = len(far) * len(near)
+        require(bool(((at >= 0) & (at < known)).all()), f"a position lies outside the {known} that far and near tell of")
     keys = (factors[sources.flatten(2)].to(wide) @ basis.to(wide)).unflatten(2, sources.shape[2:])[real]
     rows[(targets[..., None] + token)[real]] = turned(keys, turns_at(at, far, near).to(wide), interleaved).to(rows.dtype)
 
@@ -132,11 +119,10 @@ def _cuda_needs(rows, *rest):
     return native.needs_dtype(rows) or frame.needs_width(rows)
 
 
-def _cuda_work(processors, rows, factors, basis, starts, counts, targets, positions, far, near, interleaved):
-    """Where pages end."""
-    _require_known(rows, factors, starts, counts, targets, positions, far, near)
-    return (starts.new_empty(starts.shape),)
+def _ends(processors, rows, factors, basis, starts, *rest):
+    """Room for where the pages of a list end in it."""
+    return (torch.empty_like(starts, memory_format=torch.contiguous_format),)
 
 
-cuda.add(lowrank_keys, _nothing, _cuda_needs, _cuda_work)
+cuda.add(lowrank_keys, _nothing, _cuda_needs, _ends)
 native.add(lowrank_keys, _nothing, lambda isa, rows, *rest: native.needs_dtype(rows))

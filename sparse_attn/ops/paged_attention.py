@@ -70,7 +70,8 @@ def paged_attention(
             included; -inf for padding rows, and without a sink for rows that see nothing.
 
     Raises:
-        ContractError: on mismatched shapes or dtypes, k or v strided in the last dimension, or (on CPU) a page outside the store.
+        ContractError: on mismatched shapes or dtypes, k or v strided in the last dimension, or (on CPU) a page outside the store,
+            which the backend cuda leaves out.
     """
     (batch, heads, n_q, _), kv_heads = q.shape, starts.shape[1]
     _require_stored(starts, counts, k.shape[0])
@@ -144,12 +145,11 @@ def _cuda_needs(q, k, v, starts, *rest):
 
 
 def _cuda_work(processors, q, k, v, starts, counts, *rest):
-    """Where pages end, and what the parts of every row find: as many parts as fill the GPU once, two or three blocks each."""
-    _require_stored(starts, counts, k.shape[0])
+    """Room for where pages end, and for what each part finds: as many parts as fill every multiprocessor with 2 or 3 blocks."""
     queries, rows, lists = q.shape[1] // starts.shape[1] * q.shape[2], q.shape[:3].numel(), starts.shape[:2].numel()
     blocks = processors * (3 if queries <= _CUDA_QUERIES // 2 else 2)
     parts = max(1, min(blocks // max(1, lists), -(-k.shape[0] // _CUDA_ROWS)))
-    return (starts.new_empty(starts.shape), *(q.new_empty(parts, rows, width, dtype=torch.float32) for width in (v.shape[1], 2)))
+    return (torch.empty_like(starts, memory_format=torch.contiguous_format), *(q.new_empty(parts, rows, width, dtype=torch.float32) for width in (v.shape[1], 2)))
 
 
 cuda.add(paged_attention, _outputs, _cuda_needs, _cuda_work)
