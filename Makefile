@@ -18,7 +18,7 @@ TEST_LIBRARIES := build/.test_libraries
 ARGS ?=
 
 .DEFAULT_GOAL := setup
-.PHONY: setup needle test bench clean
+.PHONY: setup needle test bench bench-gpu clean
 
 setup: $(LIBRARIES)
 
@@ -49,6 +49,11 @@ test: $(TEST_LIBRARIES)
 bench: $(LIBRARIES)
 	@mkdir -p build/bench
 	$(PY) -m benchmarks.kernels --json build/bench/kernels.jsonl $(ARGS)
+
+# whatever the interpreter has must do, for a GPU machine may have nothing to download: the one that PYTHON= names, or that of
+# $(VENV), or python3
+bench-gpu:
+	@PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(INSTALLED)),$(PY),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build sparse_attn/_native kvcache/tiers/_host*.so *.egg-info .pytest_cache

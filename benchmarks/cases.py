@@ -6,6 +6,7 @@ Data is Gaussian, never zeros: the clock of a matrix unit depends on the bits it
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Shape:
     head_dim: int = 128
     block: int = 128
     dtype: str = "bf16"
+    device: str = "cpu"
 
     @property
     def scale(self) -> float:
@@ -34,9 +36,13 @@ class Shape:
     @functools.cached_property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """q ``[1, H, N, D]``, k and v ``[1, Hkv, N, D]``."""
-        g = torch.Generator().manual_seed(self.n)
         sizes = [(1, h, self.n, self.head_dim) for h in (self.heads, self.kv_heads, self.kv_heads)]
-        return tuple(torch.randn(size, generator=g).to(DTYPES[self.dtype]) for size in sizes)
+        return tuple(self.random(self.n, *sizes))
+
+    def random(self, seed: int, *sizes: tuple[int, ...]) -> Iterator[Tensor]:
+        """Gaussian tensors in the dtype."""
+        g = torch.Generator(self.device).manual_seed(seed)
+        yield from (torch.randn(size, generator=g, device=self.device).to(DTYPES[self.dtype]) for size in sizes)
 
     @property
     def store(self) -> Tensor:
@@ -77,10 +83,10 @@ def random_lists(shape: Shape, density: float, seed: int = 0) -> BlockIndex:
         >>> bool(lists.to_mask()[..., 0].all())
         True
     """
-    dense = BlockIndex.dense(1, shape.heads, shape.n, shape.n, (shape.block, shape.block))
+    dense = BlockIndex.dense(1, shape.heads, shape.n, shape.n, (shape.block, shape.block), device=shape.device)
     if density >= 1:
         return dense
-    reachable = dense.reachable()[0, 0]
+    reachable = dense.reachable()[0, 0].cpu()
     forced = torch.eye(shape.blocks, dtype=torch.bool)
     forced[:, 0] = True
     wanted = round(density * int(reachable.sum())) - int(forced.sum())
@@ -90,7 +96,7 @@ def random_lists(shape: Shape, density: float, seed: int = 0) -> BlockIndex:
     for head in range(shape.heads):
         chosen = free[torch.randperm(len(free), generator=g)[: max(wanted, 0)]]
         keep[head].view(-1)[chosen] = True
-    return dense.where(keep[None])
+    return dense.where(keep[None].to(shape.device))
 
 
 def top_k_for(shape: Shape, density: float) -> int:
@@ -108,7 +114,7 @@ def top_k_for(shape: Shape, density: float) -> int:
 
 def visible_pairs(index: BlockIndex) -> int:
     """Query-key pairs that a causal call over these lists has to look at, all heads."""
-    mask = index.to_mask()[0]
+    mask = index.to_mask()[0].cpu()
     rows, cols = (torch.arange(blocks)[:, None] * size for blocks, size in zip(mask.shape[1:], index.block))
     seen = torch.zeros(mask.shape[1:], dtype=torch.int64)  # of each block pair
     for offset in range(index.block[0]):
@@ -133,10 +139,11 @@ class Sample:
     @classmethod
     def of(cls, index: BlockIndex, heads: int, count: int = 48) -> Sample:
         """First, last and evenly spread rows of the first and last head."""
-        chosen = torch.tensor(sorted({0, heads - 1}))
-        rows = torch.linspace(0, index.n_q - 1, min(count, index.n_q)).long().unique()
+        device = index.counts.device
+        chosen = torch.tensor(sorted({0, heads - 1}), device=device)
+        rows = torch.linspace(0, index.n_q - 1, min(count, index.n_q)).long().unique().to(device)
         lists = index.to_mask()[0].expand(heads, -1, -1)[chosen]
-        keys = torch.arange(index.n_k)
+        keys = torch.arange(index.n_k, device=device)
         seen = lists[:, rows // index.block[0]][:, :, keys // index.block[1]] & (keys <= rows[:, None])
         return cls(chosen, rows, seen)
 

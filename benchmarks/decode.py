@@ -38,14 +38,12 @@ class Store:
     @functools.cached_property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """k and v ``[Hkv * N, D]``."""
-        g, size = torch.Generator().manual_seed(self.shape.n), (self.shape.kv_heads * self.shape.n, self.shape.head_dim)
-        k, v = (torch.randn(size, generator=g).to(DTYPES[self.shape.dtype]) for _ in range(2))
+        k, v = self.shape.random(self.shape.n, *[(self.shape.kv_heads * self.shape.n, self.shape.head_dim)] * 2)
         return k, v
 
     def q(self, tokens: int) -> Tensor:
         """``[1, H, tokens, D]``."""
-        size = 1, self.shape.heads, tokens, self.shape.head_dim
-        return torch.randn(size, generator=torch.Generator().manual_seed(tokens)).to(DTYPES[self.shape.dtype])
+        return next(self.shape.random(tokens, (1, self.shape.heads, tokens, self.shape.head_dim)))
 
     def lists(self, spread: float = 1.0, page: int = 0) -> tuple[Tensor, Tensor]:
         """starts and counts of pages: one run per head, the longest ``spread`` times the shortest, or pages in random order.

@@ -58,8 +58,7 @@ def sdpa(shape: Shape) -> Callable:
 
 def mm(shape: Shape) -> Callable:
     """A large matrix product."""
-    g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(MM_SIZE, MM_SIZE, generator=g).to(DTYPES[shape.dtype]) for _ in range(2))
+    a, b = shape.random(0, *[(MM_SIZE, MM_SIZE)] * 2)
     return lambda: torch.mm(a, b)
 
 
@@ -68,8 +67,8 @@ def block_mask(index: BlockIndex):
     from torch.nn.attention.flex_attention import BlockMask
 
     mask = index.to_mask()
-    start_q = torch.arange(mask.shape[2])[:, None] * index.block[0]
-    end_k = (torch.arange(mask.shape[3]) + 1) * index.block[1]
+    start_q = torch.arange(mask.shape[2], device=mask.device)[:, None] * index.block[0]
+    end_k = (torch.arange(mask.shape[3], device=mask.device) + 1) * index.block[1]
     whole = (end_k <= start_q + 1) & (end_k <= index.n_k)
     partial, full = index.where(mask & ~whole), index.where(mask & whole)
     return BlockMask.from_kv_blocks(partial.counts, partial.indices, full.counts, full.indices, BLOCK_SIZE=index.block,

@@ -109,15 +109,16 @@ def stamp() -> dict:
 class Lines:
     """Appends measurements to a JSON lines file (None keeps them in memory only) and remembers them for the table."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, stamp: Callable[[], dict] = stamp):
         """Raises OSError now, not after an hour of measuring, when the file cannot be written."""
         self.rows: list[dict] = []
+        self.stamp = stamp
         self.path = path
         if path is not None:
             path.open("a").close()
 
     def write(self, row: dict) -> None:
-        row = {**row, **stamp()}
+        row = {**row, **self.stamp()}
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a") as file:

@@ -81,10 +81,10 @@ def most(blocks: int) -> torch.Tensor:
     return torch.full((1, 1, 1), blocks, dtype=torch.int32)
 
 
-def plain_args(op: str, dtype: torch.dtype = torch.float32) -> tuple:
+def plain_args(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
     """Arguments that every backend of an op takes in some dtype; a refusal of these is the machine's."""
-    q = randn(2, 4, 70, 64, dtype, "tokens_first", 0)
-    k, v = (randn(2, 2, 90, 64, dtype, "plain", i) for i in (1, 2))
+    q = randn(2, 4, 70, 64, dtype, "tokens_first", seed)
+    k, v = (randn(2, 2, 90, 64, dtype, "plain", seed + i) for i in (1, 2))
     first, last = torch.tensor([0, 25], dtype=torch.int32), torch.tensor([90, 88], dtype=torch.int32)
     lists = torch.arange(6, dtype=torch.int32).expand(2, 2, 5, 6).contiguous()
     counts = torch.full((2, 2, 5), 6, dtype=torch.int32)

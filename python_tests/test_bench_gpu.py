@@ -1,0 +1,494 @@
+"""The GPU benchmark, rehearsed on the CPU: what it finds, what it writes, and how it ends."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import attention, bars, build, ceilings, checks, decode, gather, machine, model, runner, sanitize, selection, suite
+from benchmarks.gpu import xattention
+from benchmarks.gpu.units import TINY, Bench, Unit
+from sparse_attn.ops import OPS, page_score, registry, select_blocks
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {"benchmark", "op", "backend", "us", "reps", "baseline", "baseline_us", "ratio", "device", "features", "versions", "commit"}
+TIMED = {"ceilings": ceilings, "attention": attention, "decode": decode, "selection": selection, "xattention": xattention,
+         "gather": gather, "model": model}  # fmt: skip
+
+
+class Few(machine.StandIn):
+    """The stand-in with one backend, and its emulated twins where they were built."""
+
+    def backends(self, op):
+        return [name for name in super().backends(op) if name in ("cpu_generic", "cuda_emulated")]
+
+
+class Planted(machine.StandIn):
+    """The stand-in with the backend that a test plants."""
+
+    def backends(self, op):
+        return [name for name in op.names if name == "planted"]
+
+
+def bench(of=None, path=None) -> Bench:
+    of = of or Few()
+    return Bench(of, TINY, measure.Lines(path, of.stamp), say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    """Every timing part, tiny."""
+    file = tmp_path_factory.mktemp("gpu") / "lines.jsonl"
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for part in TIMED.values():
+            for unit in part.units(bench(path=file)):
+                unit.run()
+    return file
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_every_op_is_checked_on_every_backend_and_dtype(op):
+    units = [unit for unit in checks.units(bench()) if unit.name.split()[0] == op]
+    backends = Few().backends(OPS[op])
+    assert len(units) == max(1, 3 * len(backends))
+    said = [unit.run() for unit in units]
+    assert backends or said == ["has no GPU backend: torch computes it"]
+    assert all(sentence is None or not backends or sentence.startswith("refused: ") for sentence in said)
+
+
+def wrong_value(op, *args):
+    return op.reference(*args) * 1.01
+
+
+def last_element_unwritten(op, *args):
+    found = op.reference(*args)
+    given = torch.empty_like(found)
+    given[:-1] = found[:-1]
+    return given
+
+
+def remembers(op, *args, seen={}):
+    return seen.setdefault(args[0].data_ptr(), op.reference(*args))
+
+
+def last_slot_wrong(op, *args):
+    counts, indices = op.reference(*args)
+    return counts, torch.cat([indices[..., :-1], indices[..., -1:] + 1], -1)
+
+
+@pytest.mark.parametrize(
+    ("op", "broken", "sentence"),
+    [
+        (page_score, wrong_value, "a plain call: output 0 is off by"),
+        (page_score, last_element_unwritten, "1 elements are NaN"),
+        (page_score, remembers, "a replayed graph, other inputs: output 0 is off by"),
+        (select_blocks, last_slot_wrong, "a plain call: output 1 differs from the reference"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_broken_backend_is_found(op, broken, sentence, monkeypatch):
+    monkeypatch.setattr(op, "backends", [*op.backends, registry.Backend("planted", functools.partial(broken, op), lambda *args: None)])
+    monkeypatch.setattr(op, "_settled", {})
+    with pytest.raises(AssertionError, match=sentence):
+        checks.check(bench(Planted()), op, "planted", torch.bfloat16)
+
+
+def test_a_backend_that_reads_too_early_is_found(monkeypatch):
+    """The stand-in of a stream: what is brought late was not there when the kernel ran."""
+    class Early(Planted):
+        def late(self, bring, call):
+            result = call()
+            bring()
+            return result
+
+    monkeypatch.setattr(page_score, "backends", [registry.Backend("planted", page_score.reference, lambda *args: None)])
+    monkeypatch.setattr(page_score, "_settled", {})
+    assert checks.check(bench(Planted()), page_score, "planted", torch.float32) is None
+    with pytest.raises(AssertionError, match="on another stream, inputs late: output 0 is off by"):
+        checks.check(bench(Early()), page_score, "planted", torch.float32)
+
+
+def test_arguments_keep_strides_and_shared_memory():
+    x = torch.randn(4, 6)
+    args = x.mT[1:], x[:2, ::2], 3, torch.zeros(2).expand(5, 2)
+    placed = checks.Placed(args, torch.device("cpu"))
+    for mine, theirs in zip(placed.args, args):
+        if isinstance(theirs, torch.Tensor):
+            assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
+    assert placed.args[0].data_ptr() != x.data_ptr() and placed.args[2] == 3
+    assert placed.args[0].untyped_storage().data_ptr() == placed.args[1].untyped_storage().data_ptr()
+    placed.poison()
+    assert placed.args[0].isnan().all() and placed.args[3].isnan().all()
+    other = torch.randn(4, 6)
+    placed.bringer((other.mT[1:], other[:2, ::2], 3, torch.ones(2).expand(5, 2)))()
+    assert torch.equal(placed.args[1], other[:2, ::2]) and (placed.args[3] == 1).all()
+
+
+def test_selection_and_attention_are_checked_together():
+    for waits in (True, False):
+        assert checks.check_path(bench(), waits) is None
+
+
+# -- lines ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_line_says_what_where_and_how_fast(lines):
+    rows = bars.read(lines)
+    assert len(rows) == len(lines.read_text().splitlines())
+    for row in rows:
+        assert not FIELDS - set(row), row
+        assert row["benchmark"] == "gpu" and row["us"] == sorted(row["us"]) and row["us"][0] > 0
+        assert (row["baseline"] is None) == (row["ratio"] is None) == (row["baseline_us"] is None)
+        assert row["versions"]["torch"] == torch.__version__
+        for rate, amount, unit in (("tflops", "flop", 1e6), ("gbps", "bytes", 1e3)):
+            assert rate not in row or math.isclose(row[rate], row[amount] / row["us"][1] / unit, abs_tol=1e-3)
+    found = Counter(row["op"] for row in rows)
+    assert found == {"mm": 1, "copy": 1, "copy from pinned": 1, "sdpa": 2, "block_sparse_attention": found["block_sparse_attention"],
+                     "sdpa decode": 6, "paged_attention": found["paged_attention"], "select": 3, "xattention": 2, "model": 6,
+                     **({"gather_pages": found["gather_pages"]} if "gather_pages" in OPS else {})}  # fmt: skip
+    assert found["block_sparse_attention"] % 3 == found["paged_attention"] % 6 == 0
+
+
+def test_every_bar_has_a_line_and_every_line_its_verdict(lines):
+    rows = [row for row in bars.read(lines) if "bar" in row]
+    expected = set(bars.BARS) - {"dense triton", "dense cuda"} - (set() if "gather_pages" in OPS else {"gather"})
+    assert {row["bar"] for row in rows} == expected
+    for row in rows:
+        assert row["reached"] == bars.BARS[row["bar"]].reached(row["value"]) and row["bound"] == bars.BARS[row["bar"]].bound
+    shares = [row for row in rows if row["bar"] == "proportional"]
+    assert {row["wanted_density"] for row in shares} == {0.1, 0.05}
+
+
+def test_bars_are_held_on_the_right_side():
+    assert bars.BARS["dense cuda"].reached(0.85) and not bars.BARS["dense cuda"].reached(0.84)
+    assert bars.BARS["proportional"].reached(1.25) and not bars.BARS["proportional"].reached(1.26)
+
+
+def test_the_table_shows_bars_beside_ratios_and_the_newest_line(lines, tmp_path, capsys):
+    row = {**bars.read(lines)[0], "op": "block_sparse_attention", "backend": "triton", "N": 7, **bars.mark("dense triton", 0.5)}
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n".join(json.dumps(r) for r in (row, {**row, **bars.mark("dense triton", 0.7)})))
+    assert command.main(["table", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "| block_sparse_attention triton 7 tokens " in shown and "| 0.700 | >= 0.65 | yes |" in shown and "0.500" not in shown
+    assert shown.count("| not measured |") == len(bars.BARS) - 1
+
+
+def test_no_gate_no_time(monkeypatch):
+    """A wrong kernel is not timed, and the part says so."""
+    exact = OPS["block_sparse_attention"].reference
+
+    def twisted(*args):
+        out, lse = exact(*args)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(OPS["block_sparse_attention"], "backends", [registry.Backend("planted", twisted, lambda *args: None)])
+    monkeypatch.setattr(OPS["block_sparse_attention"], "_settled", {})
+    of = bench(Planted())
+    with pytest.raises(attention.kernels.GateError, match="planted is not timed: block_sparse_attention at 256 tokens is off by"):
+        attention.timed(of, 256)
+    assert {row["op"] for row in of.lines.rows} == {"sdpa"}
+
+
+def test_structured_inputs_are_sparse():
+    shape = bench().shape(2048)
+    q, k, _ = xattention.structured(shape)
+    score = OPS["antidiagonal_score"](q, k, 64, 64, 16, shape.scale)
+    counts, _ = select_blocks(score, torch.full((shape.heads,), 0.9, dtype=torch.float64), None, 64, 64, 2048, 2048)
+    assert counts.sum() / counts.shape[1] < 0.5 * 32 * 33 / 2
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_call_to_cuda_is_one_that_torch_has(monkeypatch):
+    """The GPU's side with torch.cuda replaced by recorders: its lines run, and every name that they use exists."""
+    asked, clock = [], iter(range(1, 10**6))
+
+    class Recorder:
+        def __init__(self, *args, **named):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args, **named: next(clock) * 1e-3 if name == "elapsed_time" else asked.append(name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+    for name in ("Stream", "Event", "stream", "CUDAGraph", "graph", "current_stream"):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, Recorder)
+    for name in ("synchronize", "_sleep", "set_sync_debug_mode", "empty_cache"):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: asked.append((name, *args)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    gpu = machine.Gpu()
+    assert gpu.file == "nvidia_h100_80gb_hbm3.jsonl"
+    assert gpu.stamp("abc")["features"] == ["sm_90"] and gpu.stamp("abc")["commit"] == "abc"
+    assert not any(name.startswith("cpu_") or name.endswith("_emulated") for op in OPS.values() for name in gpu.backends(op))
+    with gpu.quiet():
+        assert ("set_sync_debug_mode", "error") in asked
+    assert asked[-1] == ("set_sync_debug_mode", "default")
+    order = []
+    assert gpu.late(lambda: order.append("bring"), lambda: order.append("call") or 5) == 5 and order == ["bring", "call"]
+    result, replay = gpu.capture(lambda: order.append("call") or 7)
+    replay()
+    assert result == 7 and order[2:] == ["call"] * 3
+    gpu.device = torch.device("cpu")  # for the memory that is flushed
+    times = gpu.rounds({"a": lambda: None, "b": lambda: None}, reps=3)
+    assert [len(us) for us in times.values()] == [3, 3] and all(t > 0 for t in times["a"])
+    assert not gpu.lost(RuntimeError()) and gpu.pinned(torch.ones(1)) == 1 and gpu.seconds(lambda: None) >= 0
+    gpu.free()
+
+    def broken(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert gpu.lost(RuntimeError())
+
+
+def test_without_a_gpu_one_sentence_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, sentence in ((None, "needs a CUDA build of torch, got"), ("13.0", "needs an NVIDIA GPU and its driver")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert command.main([]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"gpu: {sentence}") and len(said.err.splitlines()) == 1 and not said.out
+
+
+# -- parts and processes --------------------------------------------------------------------------------------------------
+
+
+def in_process(units: list[Unit], of: Bench) -> tuple[int, runner.Outcome]:
+    """What the parent makes of the reports of a part."""
+    class Part(runner.Part):
+        def units(self, bench):
+            return units
+
+    part, reports, outcome = Part("p", "", "", 1), [], runner.Outcome()
+    status = runner.run_units(part, of, 0, reports.append)
+    runner.settle(part, reports, outcome)
+    return status, outcome
+
+
+def fail():
+    raise ValueError("no")
+
+
+def test_a_failing_unit_stops_no_other():
+    status, outcome = in_process([Unit("a", fail), Unit("b", lambda: "not here"), Unit("c", lambda: None)], bench())
+    assert (status, outcome.done, outcome.failed) == (0, 2, ["p: a: ValueError: no"])
+    assert outcome.noted == {"not here": ["p: b"]}
+    assert outcome.lines() == ["left out: not here (p: b)", "FAILED: p: a: ValueError: no",
+                               "2 units done, 1 failed, 1 left something out, 0 entries did not fit"]
+
+
+def test_a_lost_gpu_ends_the_process():
+    of = bench()
+    of.machine.lost = lambda error: True
+    status, outcome = in_process([Unit("a", fail), Unit("b", fail)], of)
+    assert status == runner.LOST and outcome.failed == ["p: a: ValueError: no"]
+
+
+def test_what_does_not_fit_is_listed():
+    of = bench()
+    of.until = time.monotonic() - 1
+    assert in_process([Unit("a", fail), Unit("b", fail)], of)[1].unfinished == ["p: a", "p: b"]
+
+
+CHILD = """
+import json, os, signal, sys, time
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+def report(**said):
+    with open(words["--report"], "a") as file:
+        file.write(json.dumps(said) + "\\n")
+units = {units}
+for at in range(int(words["--start"]), len(units)):
+    report(at=at, of=len(units), unit=units[at])
+    if units[at] == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if units[at] == "lost":
+        report(at=at, failed="gone")
+        sys.exit(3)
+    if units[at] == "hangs":
+        time.sleep(60)
+    report(at=at, note=None)
+report(at=len(units), end=True)
+"""
+
+
+def parented(units: list[str], tmp_path, seconds=60.0) -> runner.Outcome:
+    outcome = runner.Outcome()
+    runner.run_part(runner.Part("p", "", "", 1), seconds, [sys.executable, "-S", "-c", CHILD.format(units=units)], tmp_path, outcome)
+    return outcome
+
+
+def test_a_part_goes_on_behind_the_unit_that_took_its_process(tmp_path):
+    outcome = parented(["fine", "dies", "lost", "fine"], tmp_path)
+    assert outcome.done == 2 and len(outcome.failed) == 2 and not outcome.unfinished
+    assert outcome.failed[0].startswith("p: dies: ") and outcome.failed[1] == "p: lost: gone"
+
+
+def test_a_unit_that_hangs_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "STALL_S", 1.0)
+    outcome = parented(["hangs", "fine"], tmp_path)
+    assert outcome.done == 1 and outcome.failed[0].startswith("p: hangs: was killed after ")
+
+
+def test_a_part_that_takes_too_long_is_killed_and_the_rest_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_S", 0.5)
+    outcome = parented(["fine", "hangs", "fine", "fine"], tmp_path, seconds=1.0)
+    assert outcome.done == 1 and not outcome.failed
+    assert outcome.unfinished == ["p: hangs: was killed when the time of its part was over", "p: 2 more units"]
+
+
+def test_a_process_that_does_not_start_is_a_failure(tmp_path):
+    outcome = runner.Outcome()
+    runner.run_part(runner.Part("p", "", "", 1), 30, [sys.executable, "-S", "-c", "raise SystemExit(7)"], tmp_path, outcome)
+    assert outcome.failed == ["p: the process ended with status 7 before a unit began"]
+
+
+def test_time_is_shared_and_what_never_began_is_listed(tmp_path, monkeypatch, capsys):
+    shares = []
+    monkeypatch.setattr(runner, "run_part", lambda part, seconds, *rest: shares.append(seconds))
+    runner.run([part.name for part in runner.PARTS], 500, [], tmp_path)
+    assert len(shares) == len(runner.PARTS) and shares[-1] == pytest.approx(500, abs=5) and shares[0] < 150
+    assert runner.run(["model"], 1, [], tmp_path).unfinished == ["model: the whole part"]
+    assert "== suite: " in capsys.readouterr().out
+
+
+def test_a_subset_runs_from_end_to_end(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--only", "ceilings", "--results", str(tmp_path),
+                           "--commit", "abc"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "2 units done, 0 failed, 0 left something out, 0 entries did not fit" in done.stdout
+    (file,) = tmp_path.iterdir()
+    assert [row["op"] for row in bars.read(file)] == ["mm", "copy", "copy from pinned"] and bars.read(file)[0]["commit"] == "abc"
+
+
+def test_something_that_failed_is_status_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_part", lambda part, seconds, child, folder, outcome: outcome.failed.append("x"))
+    assert command.main(["--rehearse", "--only", "check", "--results", str(tmp_path)]) == 1
+
+
+def test_every_part_is_listed_and_has_units(capsys):
+    assert command.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [part.name for part in runner.PARTS]
+    assert all(part.units(bench()) for part in runner.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--only", "speed"], "part 'speed' is not known; use some of build, check"),
+        (["--limit", "0"], "--limit is 0; give the seconds"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--rehearse", "--results", "no/such/folder"], "cannot write --results no/such/folder"),
+        (["table", "no/such/file"], "cannot read no/such/file"),
+        (["table", os.devnull], "holds no line of this benchmark"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and len(error.strip().splitlines()) == 1
+
+
+# -- the other parts ------------------------------------------------------------------------------------------------------
+
+
+def test_the_build_says_what_setup_said(monkeypatch):
+    said = "sparse_attn: compiled csrc/cpu/page_score.cpp for generic\nsparse_attn: no nvcc was found; going on without\n"
+    done = subprocess.CompletedProcess([], 0, "", said)
+    monkeypatch.setattr(build.subprocess, "run", lambda *args, **named: done)
+    assert build.compile_libraries(bench()) == "sparse_attn: no nvcc was found; going on without"
+    done.returncode = 1
+    with pytest.raises(RuntimeError, match="setup.py failed: .* going on without"):
+        build.compile_libraries(bench())
+    assert build.describe(bench()) is None
+
+
+def test_what_the_sanitizer_finds_is_a_failure(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path=None: None)
+    assert "neither on the PATH nor beside nvcc" in sanitize.watch(bench(), "memcheck")
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path=None: str(tool))
+    for text, status in (("refused: None", 0), ("refused: page_score cannot run", 0), ("========= Invalid __global__ write of 4", 9)):
+        tool.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        tool.chmod(0o755)
+        if status:
+            with pytest.raises(RuntimeError, match="racecheck found something .status 9.: ========= Invalid __global__ write of 4"):
+                sanitize.watch(bench(), "racecheck")
+        else:
+            assert sanitize.watch(bench(), "racecheck") == (None if text.endswith("None") else text)
+    tool.write_text("#!/bin/sh\nexec sleep 9\n")
+    of = bench()
+    of.until = time.monotonic()
+    assert sanitize.watch(of, "memcheck") == "memcheck was not over when the time of its part was"
+
+
+def test_the_sanitizer_watches_every_op():
+    assert "cannot run" in (checks.small(bench()) or "cannot run")
+
+
+def test_the_tests_of_an_op_run_on_the_machine(tmp_path):
+    assert {path.stem for path in suite.files()} >= {"test_page_score", "test_ops"}
+    of = bench()
+    said = []
+    of.say = said.append
+    assert suite.run(of, ROOT / "python_tests" / "test_page_score.py") is None
+    assert int(said[0].split()[0]) >= 5 and "0 failed" in said[0]
+
+
+def test_what_the_tests_of_the_ops_said_is_told():
+    fine, skipped, failed = ({"test": f"f.py::t{i}", "outcome": outcome, "said": "assert 1 == 2"}
+                             for i, outcome in enumerate(("passed", "skipped", "failed")))
+    assert suite.judged(bench(), [fine], False, 0, "") is None and suite.judged(bench(), [], False, 5, "") is None
+    assert suite.judged(bench(), [fine, skipped], False, 0, "") == "1 tests skipped"
+    assert suite.judged(bench(), [fine], True, -9, "") == "the time was over after 1 tests"
+    with pytest.raises(AssertionError, match="1 of 2 tests fail: t2: assert 1 == 2"):
+        suite.judged(bench(), [fine, failed], False, 1, "")
+    with pytest.raises(RuntimeError, match="pytest ended with status 4: no such file"):
+        suite.judged(bench(), [], False, 4, "no such file")
+
+
+def test_results_of_a_proxy_come_back():
+    """In place as well as returned."""
+    before = {name: list(OPS[name].backends) for name in ("move_rows", "page_score")}
+    try:
+        for name in before:
+            suite.add(OPS[name], "cpu_generic", machine.StandIn())
+            args = checks.plain_args(name, torch.float32, 0)
+            proxy = OPS[name].backends[-1]
+            assert proxy.name == "cpu_generic_on_gpu" and proxy.why_not(*args) is None
+            mine, theirs = ([arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args] for _ in range(2))
+            ours, reference = (checks.outputs(OPS[name], a, run(*a)) for a, run in ((mine, proxy.run), (theirs, OPS[name].reference)))
+            torch.testing.assert_close(ours, reference)
+    finally:
+        for name, backends in before.items():
+            OPS[name].backends[:] = backends
+
+
+def test_amdahl_is_the_limit_of_cheaper_attention():
+    assert model.amdahl(10, 5, 1) == 1 and model.amdahl(10, 5, 0) == 2
