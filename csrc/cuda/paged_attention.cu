@@ -8,9 +8,9 @@
 //
 // What that costs, per listed row with D = Dv = 128 and R queries x heads: 512 bytes of bfloat16 and 256 R multiply-adds. An sm_90
 // of 132 multiprocessors at 1.75 GHz that copies 3.35 TB/s has 35 cycles of one of them for a row, which are 140 warp instructions.
-// Counted from the source: 8 R multiply-adds, 8 unpackings, 1.5 R shuffles and 10 others, 94 for R = 8 and 170 for R = 16. float32
-// rows are twice as long and take as many. So up to 8 the float32 units keep up with memory; beyond, this backend refuses, and the
-// matrix units of Triton's take over. None of this was measured: it has never run on a GPU.
+// Counted from the source: 8 R multiply-adds, 8 unpackings, 2.6 R that sum over the team or read from it and 10 others, 103 for R = 8
+// and 188 for R = 16. float32 rows are twice as long and take as many. So up to 8 the float32 units keep up with memory; beyond, this
+// backend refuses, and the matrix units of Triton's take over. None of this was measured: it has never run on a GPU.
 #include <cmath>
 
 #include "pages.h"
@@ -67,9 +67,10 @@ struct Shape {
   static SA_HOST_DEVICE int channel(int lane, int c) {
     return (c / kPerVector * kTeam + lane % kTeam) * kPerVector + c % kPerVector;
   }
+  static SA_HOST_DEVICE int first_of(int lane) { return lane / kTeam * kTeam; }  // of the lanes of a team
   // the query that a lane has the sums of, and a lane that has those of a query
   static SA_HOST_DEVICE int query_of(int lane) { return lane % kTeam / kLanesPerQuery; }
-  static SA_HOST_DEVICE int lane_of(int lane, int query) { return lane / kTeam * kTeam + query * kLanesPerQuery; }
+  static SA_HOST_DEVICE int lane_of(int lane, int query) { return first_of(lane) + query * kLanesPerQuery; }
 };
 
 // kAhead rows of a team, as they are stored
@@ -78,29 +79,42 @@ struct Held {
   Vec16 of[S::kAhead][S::kVectors];
 };
 
-// rows of the store by number; those below 0 are zeros
+// What a lane reads of a store: channels from its own on, or the row's first where it has none (nothing comes of those).
 template <class S>
-SA_DEVICE void load_rows(Held<S>& held, const Rows& store, const int64_t (&rows)[S::kAhead]) {
+struct Source {
   using Element = typename S::Element;
-#pragma unroll
-  for (int u = 0; u < S::kAhead; ++u)
+  const Element* from[S::kVectors];
+  int have[S::kVectors];  // channels
+
+  SA_DEVICE explicit Source(const Rows& store) {
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
       const int channel = S::channel(lane(), v * S::kPerVector);
-      const Element* const from = static_cast<const Element*>(store.data) + rows[u] * store.stride + channel;
-      const int have = rows[u] < 0 ? 0 : int(store.width) - channel;
-      held.of[u][v] = Vec16{};
-      if constexpr (S::kWhole) {
-        if (have > 0) held.of[u][v] = load16(from);
-      } else {
-        float some[S::kPerVector] = {};
+      have[v] = std::max(int(store.width) - channel, 0);
+      from[v] = static_cast<const Element*>(store.data) + (have[v] ? channel : 0);
+    }
+  }
+
+  // the rows whose first elements lanes `step` and on of the team know
+  SA_DEVICE void load(Held<S>& held, int64_t row, int step) const {
 #pragma unroll
-        for (int e = 0; e < S::kPerVector; ++e)
-          if (e < have) some[e] = to_float(from[e]);
-        held.of[u][v] = pack<Element>(some);
+    for (int u = 0; u < S::kAhead; ++u) {
+      const int64_t offset = shuffle(row, S::first_of(lane()) + step + u);
+#pragma unroll
+      for (int v = 0; v < S::kVectors; ++v) {
+        if constexpr (S::kWhole) {
+          held.of[u][v] = load16(from[v] + offset);
+        } else {
+          float some[S::kPerVector] = {};
+#pragma unroll
+          for (int e = 0; e < S::kPerVector; ++e)
+            if (e < have[v]) some[e] = to_float(from[v][offset + e]);
+          held.of[u][v] = pack<Element>(some);
+        }
       }
     }
-}
+  }
+};
 
 // dots[u][query], a lane's share each, becomes in dots[u][0] the sum over the team for the lane's own query
 template <class S>
@@ -141,13 +155,6 @@ struct Found {
   float top, total;
 };
 
-// what lanes `step` and on of the team hold
-template <class S, class T>
-SA_DEVICE void read_ahead(T (&held)[S::kAhead], T mine, int step) {
-#pragma unroll
-  for (int u = 0; u < S::kAhead; ++u) held[u] = shuffle(mine, lane() / S::kTeam * S::kTeam + step + u);
-}
-
 template <class S>
 SA_DEVICE void attend_rows(Found<S>& found, const float (&q)[S::kQueries][S::kChannels], const Held<S>& keys, const Held<S>& values,
                            const float (&shifts)[S::kAhead], int visible, float factor, float cap) {
@@ -168,10 +175,13 @@ SA_DEVICE void attend_rows(Found<S>& found, const float (&q)[S::kQueries][S::kCh
 
   float top = found.top, sent[S::kAhead + 1];
 #pragma unroll
+  for (int u = 0; u < S::kAhead; ++u) sent[u] = dots[u][0] * factor;
+  if (cap > 0)
+#pragma unroll
+    for (int u = 0; u < S::kAhead; ++u) sent[u] = cap * tanhf(sent[u]);
+#pragma unroll
   for (int u = 0; u < S::kAhead; ++u) {
-    float x = dots[u][0] * factor;
-    if (cap > 0) x = cap * tanhf(x);
-    sent[u] = u < visible ? x + shifts[u] : kNothing;
+    sent[u] = u < visible ? sent[u] + shifts[u] : kNothing;
     top = fmaxf(top, sent[u]);
   }
   sent[S::kAhead] = weight(found.top, top);
@@ -209,17 +219,22 @@ SA_GLOBAL(kThreads, S::kBlocks) void attend(const Call call) {
   const int group = call.group, head0 = list % call.kv_heads * group, n_queries = group * call.n_q;
   const int64_t length = call.table.length(list), share = call.part_rows(length);
 
+  // a token's heads are next to each other
+  const auto next = [&](int& token, int& head) {
+    if (++head == group) head = 0, ++token;
+  };
   float q[S::kQueries][S::kChannels];
+  int token = 0, head = 0;
 #pragma unroll
-  for (int r = 0; r < S::kQueries; ++r)
+  for (int r = 0; r < S::kQueries; ++r, next(token, head)) {
+    const Element* const from = static_cast<const Element*>(a.q.data) + b * a.q.stride[0] + (head0 + head) * a.q.stride[1] +
+                                token * a.q.stride[2];
 #pragma unroll
     for (int c = 0; c < S::kChannels; ++c) {
       const int channel = S::channel(lane(), c);
-      q[r][c] = 0.0f;
-      if (r < n_queries && channel < a.k.width)
-        q[r][c] = to_float(static_cast<const Element*>(a.q.data)[b * a.q.stride[0] + (head0 + r % group) * a.q.stride[1] +
-                                                                 r / group * a.q.stride[2] + channel * a.q.stride[3]]);
+      q[r][c] = r < n_queries && channel < a.k.width ? to_float(from[channel * a.q.stride[3]]) : 0.0f;
     }
+  }
   const float cap = float(a.softcap * kLog2E), factor = float(a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E);
   const int mine = S::query_of(lane());
   // the last real query sees all of them
@@ -228,34 +243,37 @@ SA_GLOBAL(kThreads, S::kBlocks) void attend(const Call call) {
 
   Found<S> found{};
   found.top = kNothing;
-  // a lane looks up the row at `at` + its number, for its team to read
-  const auto look_up = [&](int64_t at, float& shift) {
-    const int64_t row = at + lane() < end ? call.table.place(list, at + lane()).source : -1;
-    shift = row >= 0 && a.bias ? a.bias[row] * kLog2E : 0.0f;
+  // a lane finds the row at `at` + its number, for its team to read; behind the end it repeats the last one, which is then hidden
+  const Source<S> key_source(a.k), value_source(a.v);
+  float shift = 0.0f, next_shift = 0.0f;
+  const auto find = [&](int64_t at, float& shift) {
+    const int64_t row = call.table.place(list, std::min(at + lane(), end - 1)).source;
+    if (a.bias) shift = a.bias[row] * kLog2E;
     return row;
   };
-  int64_t at = part * share + warp() * 32, rows[S::kAhead];
-  float shift, next_shift = 0.0f;
-  int64_t row = look_up(at, shift);
+  int64_t at = part * share + warp() * 32, row = 0;
   Held<S> keys, values;
-  read_ahead<S>(rows, row, 0);
-  load_rows(keys, a.k, rows);
-  for (; at < end; at += kThreads) {
-    const int64_t next_row = look_up(at + kThreads, next_shift);
+  if (at < end) {
+    row = find(at, shift);
+    key_source.load(keys, row * a.k.stride, 0);
+  }
+  while (at < end) {
+    const int64_t next_row = find(at + kThreads, next_shift), key_row = row * a.k.stride, value_row = row * a.v.stride;
+    const int64_t next_key_row = next_row * a.k.stride;
+    const int seen = int(std::clamp<int64_t>(visible - at, 0, 32)) - S::first_of(lane());
     for (int step = 0; step < S::kTeam; step += S::kAhead) {
-      read_ahead<S>(rows, row, step);
-      load_rows(values, a.v, rows);
+      value_source.load(values, value_row, step);
       const int next_step = (step + S::kAhead) % S::kTeam;
-      read_ahead<S>(rows, next_step ? row : next_row, next_step);
       Held<S> next_keys;
-      load_rows(next_keys, a.k, rows);
+      key_source.load(next_keys, next_step ? key_row : next_key_row, next_step);
       float shifts[S::kAhead] = {};
-      if (a.bias) read_ahead<S>(shifts, shift, step);
-      const int64_t position = at + lane() / S::kTeam * S::kTeam + step;
-      attend_rows(found, q, keys, values, shifts, int(std::clamp<int64_t>(visible - position, 0, S::kAhead)), factor, cap);
+      if (a.bias)
+#pragma unroll
+        for (int u = 0; u < S::kAhead; ++u) shifts[u] = shuffle(shift, S::first_of(lane()) + step + u);
+      attend_rows(found, q, keys, values, shifts, seen - step, factor, cap);
       keys = next_keys;
     }
-    row = next_row, shift = next_shift;
+    at += kThreads, row = next_row, shift = next_shift;
   }
 
   // the teams of the block become one
@@ -268,17 +286,20 @@ SA_GLOBAL(kThreads, S::kBlocks) void attend(const Call call) {
     totals[mine * S::kTeams + team] = found.total;
   }
   barrier();
+  const int64_t to_part = part * call.rows;
+  if (thread() < n_queries) {
+    const float *const mine_tops = tops + thread() * S::kTeams, *const mine_totals = totals + thread() * S::kTeams;
+    float top = kNothing, total = 0.0f;
+    for (int t = 0; t < S::kTeams; ++t) top = fmaxf(top, mine_tops[t]);
+    for (int t = 0; t < S::kTeams; ++t) total += weight(mine_tops[t], top) * mine_totals[t];
+    float* const to = call.weights + 2 * (to_part + call.row_of(b, head0 + thread() % group, thread() / group));
+    to[0] = top, to[1] = total;
+  }
 #pragma unroll
   for (int r = 0; r < S::kQueries; ++r) {
     float top = kNothing;
     for (int t = 0; t < S::kTeams; ++t) top = fmaxf(top, tops[r * S::kTeams + t]);
     const float kept = weight(tops[r * S::kTeams + team], top);
-    if (thread() == r && r < n_queries) {
-      float total = 0.0f;
-      for (int t = 0; t < S::kTeams; ++t) total += weight(tops[r * S::kTeams + t], top) * totals[r * S::kTeams + t];
-      const int64_t to = part * call.rows + call.row_of(b, head0 + r % group, r / group);
-      call.weights[2 * to] = top, call.weights[2 * to + 1] = total;
-    }
 #pragma unroll
     for (int c = 0; c < S::kChannels; ++c) found.sums[r][c] *= kept;
   }
@@ -300,12 +321,14 @@ SA_GLOBAL(kThreads, S::kBlocks) void attend(const Call call) {
       for (int c = 0; c < S::kChannels; ++c)
         sums[(warp() * S::kQueries + r) * S::kWidth + S::channel(lane(), c)] = found.sums[r][c];
   barrier();
-  for (int r = 0; r < n_queries; ++r) {
-    const int64_t to = part * call.rows + call.row_of(b, head0 + r % group, r / group);
-    for (int64_t channel = thread(); channel < a.v.width; channel += kThreads) {
+  token = head = 0;
+#pragma unroll 1
+  for (int r = 0; r < n_queries; ++r, next(token, head)) {
+    float* const to = call.sums + (to_part + call.row_of(b, head0 + head, token)) * a.v.width;
+    for (int channel = thread(); channel < a.v.width; channel += kThreads) {
       float sum = 0.0f;
       for (int w = 0; w < kWarps; ++w) sum += sums[(w * S::kQueries + r) * S::kWidth + channel];
-      call.sums[to * a.v.width + channel] = sum;
+      to[channel] = sum;
     }
   }
 }
@@ -353,21 +376,27 @@ bool whole(const Rows& rows) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * bytes % 16 == 0 && rows.width * bytes % 16 == 0;
 }
 
-template <class Element, int kTeam, int kVectors = 1, bool kWhole = true>
+template <class S>
 void attend_with(const Call& call, const Stream& stream) {
-  const auto go = [&]<class S>(S) { launch<attend<S>>({call.table.lists * call.parts}, kThreads, S::kShared, stream, call); };
-  if (kWhole && call.group * call.n_q <= 4) go(Shape<Element, kTeam, kVectors, kWhole ? 4 : 8, kWhole>());
-  else go(Shape<Element, kTeam, kVectors, 8, kWhole>());
+  launch<attend<S>>({call.table.lists * call.parts}, kThreads, S::kShared, stream, call);
+}
+
+// few shapes, for each takes its time to compile
+template <class Element, int kTeam>
+void attend_few(const Call& call, const Stream& stream) {
+  if (call.group * call.n_q <= 4) attend_with<Shape<Element, kTeam, 1, 4, true>>(call, stream);
+  else attend_with<Shape<Element, kTeam, 1, 8, true>>(call, stream);
 }
 
 template <class Element>
 void run(const Call& call, const Stream& stream) {
   const int64_t channels = std::max(call.a.k.width, call.a.v.width);
   constexpr int kLanes = sizeof(Element) == 4 ? 16 : 8;  // that hold 64 channels
-  if (!whole<Element>(call.a.k) || !whole<Element>(call.a.v)) attend_with<Element, 32, kLanes / 8, false>(call, stream);
-  else if (channels <= 64) attend_with<Element, kLanes>(call, stream);
-  else if (channels <= 128) attend_with<Element, 2 * kLanes>(call, stream);
-  else attend_with<Element, 32, kLanes / 8>(call, stream);
+  if (!whole<Element>(call.a.k) || !whole<Element>(call.a.v))
+    attend_with<Shape<Element, 32, kLanes / 8, 8, false>>(call, stream);
+  else if (channels <= 64) attend_few<Element, kLanes>(call, stream);
+  else if (channels <= 128) attend_few<Element, 2 * kLanes>(call, stream);
+  else attend_with<Shape<Element, 32, kLanes / 8, 8, true>>(call, stream);
   launch<join<Element>>({call.rows}, kThreads, (call.parts + 2 * kWarps) * sizeof(float), stream, call);
 }
 
