@@ -44,7 +44,8 @@ needle: $(LIBRARIES)
 	$(PY) -m benchmarks.needle --prefill xattention --prefill auto $(ARGS)
 
 test: $(TEST_LIBRARIES)
-	$(PY) -m pytest python_tests --durations=15 --timeout=600 $(ARGS)
+	@# a process per core, at most four, each with one thread but where a test sets more
+	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -n auto --maxprocesses=4 --dist=worksteal --durations=15 --timeout=600 $(ARGS)
 
 bench: $(LIBRARIES)
 	@mkdir -p build/bench

@@ -138,6 +138,25 @@ def stale(target, depfile, stamp, signature):
     return any(not (ROOT / p).exists() or (ROOT / p).stat().st_mtime > made for p in inputs)
 
 
+def uses_tiles(source):
+    """Does it include amx.h, directly or not?"""
+    found, todo = set(), [ROOT / source]
+    while todo:
+        path = todo.pop()
+        named = {(path.parent / name).resolve() for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)}
+        todo += named - found
+        found |= named
+    return ROOT / "csrc" / "cpu" / "amx.h" in found
+
+
+def objects_of(isa):
+    """Source, and the instruction set that it is compiled for, of each object of a library: AMX only where it makes a difference."""
+    if isa in CUDA:
+        return [(source, isa) for source in CUDA_SOURCES]
+    own = [isa not in ("amx", "emulated") or source.stem == "library" or uses_tiles(source) for source in SOURCES]
+    return [(source, isa if mine else "avx512") for source, mine in zip(SOURCES, own)]
+
+
 class BuildLibraries(build_ext):
     """Compiles plain shared libraries: but for the host engine they hold no Python symbol, so one build serves every Python."""
 
@@ -168,10 +187,9 @@ class BuildLibraries(build_ext):
                 say(f"{self.cxx[0]} does not know {' '.join(FLAGS[isa])}; skipping the {isa} library (use a newer compiler)")
                 self.extensions.remove(ext)
                 continue
-            sources = CUDA_SOURCES if isa in CUDA else SOURCES
-            objects = [Path(self.build_temp) / isa / f"{source.stem}.o" for source in sources]
-            jobs += [(isa, source, target) for source, target in zip(sources, objects)]
-            links.append((isa, objects, Path(self.get_ext_fullpath(ext.name))))
+            made = [(of, source, Path(self.build_temp) / of / f"{source.stem}.o") for source, of in objects_of(isa)]
+            jobs += [job for job in made if job not in jobs]
+            links.append((isa, [target for _, _, target in made], Path(self.get_ext_fullpath(ext.name))))
         # torch's headers and nvcc's passes are the slowest: first, so that the pool ends level
         jobs.sort(key=lambda job: job[1].stem != "library" and job[0] != "cuda")
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 8)))) as pool:
@@ -194,13 +212,15 @@ class BuildLibraries(build_ext):
             self.failed[isa] = str(error)
 
     def compile_one(self, isa, source, target):
-        flags = [*FLAGS[isa], f"-DSA_NAMESPACE=sparse_attn_{library_name(isa)}"]
+        # one name for all: symbols stay inside their library, and libraries share objects
+        flags = [*FLAGS[isa], "-DSA_NAMESPACE=sparse_attn_kernels"]
         if isa == "cuda" and source.suffix == ".cu":
             command = [self.nvcc, *self.host_compiler(), *NVCC, *self.gencode, *flags, "-c", str(source)]
         else:
             command = [*self.cxx, *COMMON, *flags, *(["-x", "c++"] if source.suffix == ".cu" else []), "-c", str(source)]
         if source.stem == "library":
             # 2.11: the oldest torch whose stable ABI has what library.cpp uses
+            command += [f"-DSA_LIBRARY=sparse_attn_{library_name(isa)}"]
             command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(self.torch / "include")]
         self.compile(command, target, f"{source} for {isa}")
 

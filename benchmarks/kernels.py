@@ -311,6 +311,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     run = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
     few = {
         "antidiagonal_score": (q, k, *edges, STRIDES[0], one.scale),
+        "gather_pages": (k[0, 0], v[0, 0], *torch.zeros(2, 1, dtype=torch.int64)),
         "js_distance": (torch.ones(1, 1, 1), torch.ones(1, 1, 1)),
         "keep_top": (torch.ones(1), *run, torch.ones(1, 1, dtype=torch.int32), 1),
         "lowrank_keys": (k[0, 0].clone(), q[0, 0, :, :1], k[:, :, :1], run[0][..., None], run[1][..., None].int(), run[0][..., None],
@@ -319,6 +320,7 @@ def _overhead_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
         "move_rows": (k[0, 0], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
         "page_score": (q, k[0, 0], k[0, 0], *run),
         "paged_attention": (q, k[0, 0], v[0, 0], torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).int(), one.scale),
+        "place_pages": torch.zeros(3, 1, 1, dtype=torch.int32).unbind(),
         "pool_blocks": (q, one.block, "mean"),
         "pooled_score": (q.float(), k.float(), torch.ones(1, 1), *edges, 1, 1),
         "row_score": (q, k[0, 0], *run),

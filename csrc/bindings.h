@@ -187,6 +187,27 @@ SA_SCHEMA(move_rows,
             where);
 }
 
+SA_SCHEMA(gather_pages,
+          "Tensor(a!) rows, Tensor pages, Tensor sources, Tensor targets")
+[[maybe_unused]] void run_gather_pages(const Where& where, Tensor rows, Tensor pages, Tensor sources, Tensor targets) {
+  const Flat from(sources, ScalarType::Long), to(targets, ScalarType::Long);
+  gather_pages({static_cast<char*>(rows.data_ptr()), static_cast<const char*>(pages.data_ptr()), rows.size(0), pages.size(0),
+                rows.size(1) * int64_t(rows.element_size()), from.data<int64_t>(), to.data<int64_t>(), sources.numel()},
+               where);
+}
+
+SA_SCHEMA(place_pages,
+          "Tensor(a!) slots, Tensor(b!) misses, Tensor(c!) held, Tensor(d!) order, Tensor ids")
+[[maybe_unused]] void run_place_pages(const Where& where, Tensor slots, Tensor misses, Tensor held, Tensor order, Tensor ids) {
+  const Flat wanted(ids, ScalarType::Int);
+  expect_size(slots, {held.size(0), ids.size(1)}, "slots");
+  expect_size(misses, {held.size(0), ids.size(1)}, "misses");
+  place_pages({output<int32_t>(held, ScalarType::Int, "held"), output<int32_t>(order, ScalarType::Int, "order"), held.size(0),
+               held.size(1), wanted.data<int32_t>(), ids.size(1), output<int32_t>(slots, ScalarType::Int, "slots"),
+               output<uint8_t>(misses, ScalarType::Bool, "misses")},
+              where);
+}
+
 SA_SCHEMA(block_sparse_attention,
           "Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, int block_q, "
           "int block_k, float scale, int q_start, bool causal, int window, float softcap, Tensor? first, Tensor? last, "

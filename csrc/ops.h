@@ -1,6 +1,6 @@
 // What a kernel sees: plain structs and one signature per op. No torch here; library.cpp fills these in.
 // Field names are the argument names of sparse_attn/ops/<op>.py, where their meaning is written down.
-// setup.py compiles every file of cpu/ once per instruction set with -DSA_NAMESPACE=sparse_attn_cpu_<isa>, those of cuda/ with -DSA_CUDA.
+// setup.py compiles every file of cpu/ once per instruction set, those of cuda/ with -DSA_CUDA.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -244,6 +244,25 @@ struct MoveRows {
   int64_t n;
 };
 void move_rows(const MoveRows& args, const Where& where);
+
+struct GatherPages {
+  char* rows;         // contiguous
+  const char* pages;  // contiguous; the device's, or the host's and page-locked
+  int64_t n_rows, n_pages, page_bytes;
+  const int64_t *sources, *targets;  // [n]
+  int64_t n;
+};
+void gather_pages(const GatherPages& args, const Where& where);
+
+struct PlacePages {
+  int32_t *held, *order;  // [runs, slots], contiguous
+  int64_t runs, slots;
+  const int32_t* ids;  // [runs, m], contiguous
+  int64_t m;
+  int32_t* out;     // [runs, m], contiguous
+  uint8_t* misses;  // [runs, m], contiguous
+};
+void place_pages(const PlacePages& args, const Where& where);
 
 struct LowrankKeys {
   void* rows;  // [n_rows, D], contiguous, in the factors' dtype

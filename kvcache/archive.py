@@ -6,7 +6,7 @@ Pages are whole, never change, and leave oldest first, so page p of a run is alw
     archive   0 0 0 0 1 1 1 1                      here; the store has the rest
     slots     1 1 1 1 . . . .                      on the device: page 1 was read last
 
-Keys and values are pages of their own, because a codec may keep keys in another form.
+Keys and values are pages of their own, because a codec may keep keys in another form. How they come to the slots is in ``movers.py``.
 """
 
 from __future__ import annotations
@@ -19,46 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.errors import ContractError, require
 from sparse_attn.kept import Region
 
+from .movers import Direct, Mover, PageTable, Shelf, Staged
 from .store import Meter, Part, Store, empty_rows
-from .tiers import Fence, Pools, Slots
+from .tiers import Event, Fence, Pin, Pools
 from .types import KeyForm
 
 # tokens of each run that come back at a time for a chunk of a prompt
 _PIECE = 4096
 _NOT_SHARED = ("the KV heads of a layer hold different tokens, and the lowrank codec makes one matrix of all heads; use codec='plain'")
-# what a table of pages grows by
-_TABLE = 256
-
-
-@dataclass
-class _Pages:
-    """Where the pages of all runs lie.
-
-    Attributes:
-        keys, values: int64 ``[B, Hkv, room]`` numbers in their pools; -1 for keys that are in another form alone.
-        positions: int32 ``[B, Hkv, room, page]`` of the tokens.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-
-    def grow(self, room: int) -> None:
-        """See that ``room`` pages of each run fit."""
-        missing = room - self.keys.shape[2]
-        if missing > 0:
-            more = max(missing, _TABLE, self.keys.shape[2] // 4)
-            with torch.inference_mode(False):  # written later whatever mode is on then
-                for name in ("keys", "values", "positions"):
-                    t = getattr(self, name)
-                    setattr(self, name, torch.cat([t, t.new_full((*t.shape[:2], more, *t.shape[3:]), -1)], 2))
-
-    def of(self, sequences: Tensor) -> _Pages:
-        with torch.inference_mode(False):
-            return _Pages(self.keys[sequences], self.values[sequences], self.positions[sequences])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +56,20 @@ class Archive:
 
     Attributes:
         pages: int64 ``[B, Hkv]`` on the host: how many pages of each run are here; None before the first.
-        wanted, missed: pages that steps asked for so far, and of those the ones that had to come from another tier.
-        moved: bytes that the last step brought to the device.
     """
 
     def __init__(self, meter: Meter, page: int, slots: int, pools: Pools, factors: KeyForm | None = None):
         self._meter, self.page, self._n_slots, self._pools, self._factors = meter, page, slots, pools, factors
-        self.wanted = self.missed = 0
+        self._tally = torch.zeros(2, dtype=torch.int64)  # wanted, missed; where they were counted
         self._blank()
 
     def _blank(self) -> None:
         self.pages: Tensor | None = None
-        self._at: _Pages | None = None
+        self._at: PageTable | None = None
         self._fitted = False
-        self._slots: Slots | None = None
+        self._mover: Mover | None = None  # while there are slots
         self._coming: Fetch | None = None  # the last one
-        self.moved = 0
+        self._moved: Tensor | int = 0
         self._k = self._v = None  # [B * Hkv * slots * page, D], the slots
         self._like: tuple[Tensor, Tensor] | None = None  # rows of k and v, none of them
         self._keys = self._values = None  # pools
@@ -118,9 +88,24 @@ class Archive:
 
     @property
     def n_bytes(self) -> int:
-        """On the device: slots and factors."""
-        held = sum(t.numel() * t.element_size() for t in (self._k, self._v) if t is not None)
-        return held + (self._factors.n_bytes if self._factors is not None else 0)
+        """On the device: slots, what tells of them, and factors."""
+        return self._slot_bytes() + (self._factors.n_bytes if self._factors is not None else 0)
+
+    # these ask the device, which a step does not
+    @property
+    def wanted(self) -> int:
+        """Pages that steps asked for so far."""
+        return int(self._tally[0])
+
+    @property
+    def missed(self) -> int:
+        """Of those the ones that had to come from another tier."""
+        return int(self._tally[1])
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the last step brought to the device."""
+        return int(self._moved)
 
     def clear(self) -> None:
         """Forget everything and release the memory."""
@@ -133,9 +118,15 @@ class Archive:
     def _release(self) -> None:
         if self.pages is None:
             return
+        self._finish()
         here = self._here()
         self._values.release(self._at.values[here])
         self._keys.release(self._at.keys[self._as_they_came(here)])
+
+    def _finish(self) -> None:
+        """Before pages are released: nobody reads them any more."""
+        if self._mover is not None:
+            self._mover.finish()
 
     def _as_they_came(self, here: Tensor) -> Tensor:
         """Of these pages those whose keys are in their pool."""
@@ -162,38 +153,55 @@ class Archive:
         if not bool(n.any()):
             return
         if self.pages is None:
-            self._like = empty_rows(store.k, 0), empty_rows(store.v, 0)  # a view would keep the rows of today
-            self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size()) for t in self._like)
-            self.pages, shape = torch.zeros_like(n), (*n.shape, 0)
-            self._at = _Pages(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
-                              torch.zeros((*shape, self.page), dtype=torch.int32))
+            self._begin(store, n)
         rows = store.rows_of(store.starts, n * self.page)
         count = len(rows) // self.page
-        values = self._values.write(store.v[rows].reshape(count, -1).cpu())
+        k, v, positions = (t[rows].reshape(count, -1).cpu() for t in (store.k, store.v, store.positions))
+        self._at.grow(int((self.pages + n).max()))
+        values = self._values.write(v)
         try:
-            keys = None if self._fitted else self._keys.write(store.k[rows].reshape(count, -1).cpu())
+            keys = None if self._fitted else self._keys.write(k)
             if self._fitted:
                 self._append_factors(store, n)
         except Exception:
             self._values.release(values)
             raise
-        self._at.grow(int((self.pages + n).max()))
         slot = torch.arange(self._at.keys.shape[2])
         new = (slot >= self.pages[..., None]) & (slot < (self.pages + n)[..., None])
         self._at.values[new] = values
         if keys is not None:
             self._at.keys[new] = keys
-        self._at.positions[new] = store.positions[rows].view(count, self.page).cpu()
+        self._at.positions[new] = positions
         self.pages = self.pages + n
         store.forget_first(n * self.page)
 
+    def _begin(self, store: Store, n: Tensor) -> None:
+        like = empty_rows(store.k, 0), empty_rows(store.v, 0)  # a view would keep the rows of today
+        pin = self._pin(like[0])
+        self._keys, self._values = (self._pools.of(self.page * t.shape[1] * t.element_size(), pin) for t in like)
+        shape = (*n.shape, 0)
+        self._at = PageTable(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64),
+                             torch.zeros((*shape, self.page), dtype=torch.int32))
+        self._like, self.pages = like, torch.zeros_like(n)
+
+    def _pin(self, like: Tensor) -> Pin | None:
+        """How pages of such rows are page-locked, if anything on their device can read them then."""
+        at = torch.zeros(1, dtype=torch.int64, device=like.device)
+        rows = torch.zeros(1, 16, dtype=torch.uint8, device=like.device)
+        slow = like.is_cuda and ops.gather_pages.chosen(rows, rows, at, at) == "reference"
+        return None if slow else self._pools.streams(like.device).pin
+
     def _append_factors(self, store: Store, n: Tensor) -> None:
-        for b, (starts, counts) in enumerate(zip(store.starts.tolist(), (n * self.page).tolist())):
+        """All sequences or, with an exception, none."""
+        tokens = (n * self.page).tolist()
+        for counts in tokens:
             require(len(set(counts)) == 1, _NOT_SHARED)
-            if counts[0]:
-                keys = torch.stack([store.k[start : start + count] for start, count in zip(starts, counts)])
-                at = torch.stack([store.positions[start : start + count] for start, count in zip(starts, counts)])
-                self._factors.append(b, keys, _shared(at))
+        with self._factors.unless_it_fails():
+            for b, (starts, (count, *_)) in enumerate(zip(store.starts.tolist(), tokens)):
+                if count:
+                    keys = torch.stack([store.k[start : start + count] for start in starts])
+                    at = torch.stack([store.positions[start : start + count] for start in starts])
+                    self._factors.append(b, keys, _shared(at))
 
     def prepare(self, exact: Callable[[Tensor], Tensor | None]) -> None:
         """Before the first page is read: turn keys into what the codec keeps.
@@ -210,10 +218,16 @@ class Archive:
             for piece in self._pieces(values=False):
                 yield piece.b, piece.k, _shared(piece.positions)
 
-        self._factors.fit(pieces, len(self.pages))
-        going, chosen = self._here(), exact(self.pages)
+        going = self._here()
+        try:
+            self._factors.fit(pieces, len(self.pages))
+            chosen = exact(self.pages)
+        except Exception:
+            self._factors.clear()
+            raise
         if chosen is not None:
             going &= ~torch.zeros_like(going).scatter_(2, chosen.cpu().long().clamp(min=0), chosen.cpu() >= 0)
+        self._drop_slots()
         self._keys.release(self._at.keys[going])
         self._at.keys[going] = -1
         self._fitted = True
@@ -225,14 +239,14 @@ class Archive:
         batch, heads, m = chosen.shape
         if self._coming is not None and not self._coming.landed:  # its pages are not where the slots say
             self._drop_slots()
-        self._make_slots(batch * heads, m)
+        self._make_slots(batch * heads, m, chosen.device)
         self._coming = Fetch(None, [])
-        wanted = chosen.cpu().long().view(-1, m)
-        slot, miss = self._slots.want(wanted)
-        at = slot.clamp(min=0) + torch.arange(len(slot))[:, None] * self._n_slots
-        coming, at = wanted.where(miss, -1).view(batch, heads, m), at.view(batch, heads, m)
-        fences, moved = self._bring(coming, at, self._k, self._v)
-        self.wanted, self.missed, self.moved = self.wanted + int((wanted >= 0).sum()), self.missed + int(miss.sum()), moved
+        wanted, slot, miss = self._mover.place(chosen.reshape(-1, m))
+        at = slot.clamp(min=0) + torch.arange(len(slot), device=slot.device)[:, None] * self._n_slots
+        coming, at = wanted.long().where(miss, -1).view(batch, heads, m), at.view(batch, heads, m)
+        fences, moved = self._bring(self._mover, coming, at, self._k, self._v)
+        self._tally = self._tally.to(miss.device) + torch.stack([(wanted >= 0).sum(), miss.sum()])
+        self._moved = moved
         counts = torch.where(wanted < 0, 0, self.page).int()
         region = Region(self._k, self._v, *(t.view(batch, heads, m).to(chosen.device) for t in (at * self.page, counts)), own=False)
         self._coming = Fetch(region, fences)
@@ -246,7 +260,7 @@ class Archive:
     def regions(self) -> Iterator[Region]:
         """The same, as pages."""
         batch, heads = self.pages.shape
-        self.moved = int(self.pages.sum()) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
+        self._moved = int(self.pages.sum()) * self.page * sum(t.shape[1] * t.element_size() for t in self._like[self._fitted :])
         for piece in self._pieces():
             count, n, _ = piece.k.shape
             starts, counts = torch.zeros(batch, heads, 1, dtype=torch.int64), torch.zeros(batch, heads, 1, dtype=torch.int32)
@@ -286,44 +300,53 @@ class Archive:
         count, n = heads.stop - heads.start, at.stop - at.start
         pages, to = torch.full((*self.pages.shape, n), -1), torch.zeros((*self.pages.shape, n), dtype=torch.int64)
         pages[b, heads], to[b, heads] = torch.arange(at.start, at.stop), torch.arange(count * n).view(count, n)
-        fences, _ = self._bring(pages, to, k, v)
+        fences, _ = self._bring(Staged(self._shelf), pages, to, k, v)
         for fence in fences:
             fence.wait()
         k, v = (None if t is None else t[: count * n * self.page].view(count, n * self.page, t.shape[1]) for t in (k, v))
         return _Piece(b, heads, k, v, self._at.positions[b, heads, at].flatten(1))
 
-    def _bring(self, pages: Tensor, to: Tensor, k: Tensor, v: Tensor | None) -> tuple[list[Fence], int]:
+    def _bring(self, mover: Mover, pages: Tensor, to: Tensor, k: Tensor, v: Tensor | None) -> tuple[list[Fence | Event], Tensor]:
         """Begin to bring pages (int64 ``[B, Hkv, m]`` numbers, -1 for none) to the pages ``to`` of k and v; also the bytes that move."""
-        b, h, i = (pages >= 0).nonzero(as_tuple=True)
-        at, slots = (b, h, pages[b, h, i]), to[b, h, i]
-        keys = self._at.keys[at]
-        there = keys >= 0
-        fences = [self._keys.read(keys[there], k, slots[there])] if bool(there.any()) else []
-        if v is not None:
-            fences.append(self._values.read(self._at.values[at], v, slots))
-        if not bool(there.all()):
-            rest = pages.clone()
-            rest[b[there], h[there], i[there]] = -1
-            self._factors.rebuild(rest.int(), self.page, k, to * self.page)
+        keys, values = mover.find(pages)
+        fences = mover.read(keys, values, to, k, v)
+        if self._fitted:
+            rest = pages.where(keys < 0, -1)
+            if not isinstance(mover, Staged) or bool((rest >= 0).any()):
+                self._factors.rebuild(rest.int(), self.page, k, to * self.page)
         sizes = [self.page * t.shape[1] * t.element_size() for t in self._like]
-        return fences, int(there.sum()) * sizes[0] + len(keys) * sizes[1]
+        return fences, (keys >= 0).sum() * sizes[0] + (values >= 0).sum() * sizes[1]
 
     # -- slots ------------------------------------------------------------------------------------------------------------------
 
-    def _make_slots(self, runs: int, wanted: int) -> None:
-        if self._slots is not None and self._n_slots >= wanted:
-            return
-        self._drop_slots()
-        if wanted > self._n_slots:
-            self._n_slots = wanted + wanted // 8
-        self._slots = Slots(runs, self._n_slots)
-        self._k, self._v = (empty_rows(t, runs * self._n_slots * self.page) for t in self._like)
-        self._meter.add(self._k.numel() * self._k.element_size() + self._v.numel() * self._v.element_size())
+    @property
+    def _shelf(self) -> Shelf:
+        return Shelf(self._keys, self._values, self._at)
+
+    def _make_slots(self, runs: int, wanted: int, device: torch.device) -> None:
+        direct = self._keys.array() is not None and self._values.array() is not None
+        if self._mover is None or self._n_slots < wanted or isinstance(self._mover, Direct) != direct:
+            self._drop_slots()
+            n = self._n_slots if wanted <= self._n_slots else wanted + wanted // 8
+            k, v = (empty_rows(t, runs * n * self.page) for t in self._like)
+            streams = self._pools.streams(device)
+            mover = Direct(self._shelf, runs, n, device, streams) if direct else Staged(self._shelf, runs, n)
+            self._mover, self._k, self._v, self._n_slots = mover, k, v, n
+            self._meter.add(self._slot_bytes())
+        if isinstance(self._mover, Direct):
+            before = self._mover.n_bytes
+            self._mover.know(self.pages)
+            self._meter.add(self._mover.n_bytes - before)
+
+    def _slot_bytes(self) -> int:
+        if self._mover is None:
+            return 0
+        return sum(t.numel() * t.element_size() for t in (self._k, self._v)) + self._mover.n_bytes
 
     def _drop_slots(self) -> None:
-        if self._slots is not None:
-            self._meter.add(-self._k.numel() * self._k.element_size() - self._v.numel() * self._v.element_size())
-        self._slots = self._k = self._v = None
+        self._finish()
+        self._meter.add(-self._slot_bytes())
+        self._mover = self._k = self._v = None
 
     # -- the batch --------------------------------------------------------------------------------------------------------------
 
@@ -331,6 +354,7 @@ class Archive:
         """Make the sequences numbered ``sequences`` (host, repeats allowed) the batch; pages are shared, not copied."""
         if self.pages is None:
             return
+        self._drop_slots()
         before, here = self._at, self._here()
         there = self._as_they_came(here)
         self._at, self.pages = self._at.of(sequences), self.pages[sequences]
@@ -339,7 +363,6 @@ class Archive:
         self._keys.release(before.keys[there])
         if self._fitted:
             self._factors.select(sequences)
-        self._drop_slots()
 
     def copy(self, meter: Meter) -> Archive:
         """The same pages, shared; slots of its own."""
@@ -362,11 +385,11 @@ class Fetch:
     """Pages on their way to the slots; ``landed`` once they are there, and not if one was lost or nobody waited."""
 
     region: Region | None
-    fences: list[Fence]
+    fences: list[Fence | Event]
     landed: bool = False
 
     def wait(self) -> Region:
-        """Where they are, once they are there."""
+        """Where they are, once they are there: for the host, or for what the device is given from now on."""
         for fence in self.fences:
             fence.wait()
         self.landed = True

@@ -145,7 +145,7 @@ class CacheLayer:
                 yield from self.archive.regions()
             return
         page = self.config.decode.page
-        offsets = chosen.long() * page - gone.to(q.device)[..., None]
+        offsets = chosen.long() * page - gone.to(q.device, non_blocking=True)[..., None]
         own = (chosen >= 0) & (offsets >= 0)
         counts = (lengths[..., None] - offsets).clamp(max=page).masked_fill(~own, 0).int()
         coming = self.archive.fetch(chosen.masked_fill(own, -1)) if archived else None
@@ -161,7 +161,7 @@ class CacheLayer:
         if self.archive is not None and self.archive.pages is not None:
             self.archive.prepare(lambda pages: self.config.decode.exact(self.digest, pages))
         self.digest.ready(self._all_rows)
-        return self.config.decode.choose(q, self.lengths.to(q.device), self.digest, first, last)
+        return self.config.decode.choose(q, self.lengths.to(q.device, non_blocking=True), self.digest, first, last)
 
     def _all_rows(self) -> Iterator[tuple[Tensor, int, int, int]]:
         """Keys of all tokens: see ``digests.pages.Rows``."""

@@ -83,7 +83,7 @@ class Store:
 
     def table(self) -> tuple[Tensor, Tensor]:
         """``starts`` and ``lengths`` where the rows are."""
-        return self.starts.to(self.k.device), self.lengths.to(self.k.device)
+        return tuple(t.to(self.k.device, non_blocking=True) for t in (self.starts, self.lengths))
 
     def parts(self) -> Iterator[Part]:
         """All runs as few views: one if every run has the same length, else one per sequence or per run."""
@@ -127,7 +127,7 @@ class Store:
             self._make_room(n, headroom)
         ends = self.starts + self.lengths
         if n == 1:
-            rows = ends.flatten().to(k.device)
+            rows = ends.flatten().to(k.device, non_blocking=True)
             self.k.index_copy_(0, rows, k.reshape(-1, dim))
             self.v.index_copy_(0, rows, v.reshape(-1, v.shape[3]))
             return
@@ -158,8 +158,9 @@ class Store:
                         t[end : end + real] = t[end + skip : end + skip + real].clone()
         ends, real = (self.starts + self.lengths).flatten().tolist(), high - low
         if n == 1 and bool((real == 1).all()):
-            rows = torch.tensor(ends, device=self.k.device)
-            self.positions.index_copy_(0, rows, n_seen.int().repeat_interleave(heads).to(self.k.device))
+            # one token: what comes from the host does not wait for the device
+            rows, at = (t.to(self.k.device, non_blocking=True) for t in (torch.tensor(ends), n_seen.int().repeat_interleave(heads)))
+            self.positions.index_copy_(0, rows, at)
             self.state.index_fill_(0, rows, 0.0)
             self._true(rows)
         else:

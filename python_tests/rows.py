@@ -94,6 +94,8 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
     runs = torch.tensor([[0, 30], [12, 19]]), torch.tensor([[11, 10], [0, 7]])
     return {
         "antidiagonal_score": (q, k, 16, 16, 4, 0.125, 20, True, 0, True, first, last),
+        "gather_pages": (torch.zeros(9, 64, dtype=dtype), k[0, 0], torch.tensor([[3, -1, 0], [-1, 89, 3]]),
+                         torch.tensor([[8, 0, 1], [0, 0, 2]])),
         "js_distance": (torch.rand(2, 4, 9).softmax(-1), torch.rand(2, 4, 9).softmax(-1)),
         "keep_top": (torch.rand(40), *runs, torch.tensor([[3, 0], [9, 7]], dtype=torch.int32), 7),
         "key_mass": (q, store, torch.full((2, 4, 70), 5.0), *stored, 0.125, 5.0, 40, "max", *real),
@@ -107,6 +109,8 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
         "paged_attention": (q[:, :, :4], k[0, 0], v[1, 1], torch.tensor([[[0, 60], [9, 0]]] * 2),
                             torch.tensor([[[40, 30], [81, 0]]] * 2).int(), 0.125, True, 5.0, torch.randn(4),
                             *(torch.tensor(bound).int() for bound in ([0, 2], [4, 3])), torch.randn(90)),
+        "place_pages": (torch.tensor([[7, -1, 3, 5], [-1, -1, -1, -1]]).int(), torch.tensor([[1, 3, 0, 2], [0, 1, 2, 3]]).int(),
+                        torch.tensor([[3, 9, 7], [4, -1, 4]]).int()),
         "pool_blocks": (q, 16, "unit_mean", first.clamp(max=60), last.clamp(max=70)),
         "pooled_score": (torch.randn(2, 4, 5, 64), torch.randn(2, 2, 6, 64), torch.rand(2, 4), *geometry),
         "row_score": (q[:, :, :5], store[:40], *runs, 0.125, True, "mean",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from delayed import Delayed
 from test_quest import AllPages
 from test_transformers import tiny, tokens
 
@@ -30,10 +31,10 @@ def _inference():
 class Life:
     """One layer, and for each sequence the list of its tokens' numbers: key and value of KV head h are (number, h, ...)."""
 
-    def __init__(self, rng: random.Random, heads: int, page: int):
+    def __init__(self, rng: random.Random, heads: int, page: int, **streams):
         self.rng, self.heads, self.page, self.meter = rng, heads, page, Meter()
         self.config = CacheConfig(None, None, decode=AllPages(8 * page, page), tiers=TIERS)
-        self.pools = Pools(TIERS)
+        self.pools = Pools(TIERS, **streams)
         self.core, self.tokens = self.layer(self.meter), []
         self.next = 0
 
@@ -135,10 +136,11 @@ class Life:
         assert torch.equal(k, v[:, :2]) and bool((k[:, 1] == h).all())
 
 
+@pytest.mark.parametrize("streams", [{}, dict(streams=Delayed())], ids=["staged", "direct"])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_token_is_where_it_should_be(seed):
+def test_every_token_is_where_it_should_be(seed, streams):
     rng = random.Random(seed)
-    life = Life(rng, heads=rng.choice([1, 2]), page=rng.choice([1, 4, 16]))
+    life = Life(rng, heads=rng.choice([1, 2]), page=rng.choice([1, 4, 16]), **streams)
     for _ in range(16):
         steps = ["chunk"] * 4 + ["tokens"] * 3 + (["draft", "crop", "select", "fork", "fork", "save"] + ["reset"] * (rng.random() < 0.3)) * bool(life.tokens)
         step = rng.choice(steps)

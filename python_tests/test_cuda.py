@@ -17,7 +17,7 @@ import test_paged_attention
 import torch
 
 from sparse_attn.errors import NoBackendError
-from sparse_attn.ops import OPS, cuda, lowrank_keys, move_rows, native, use_backend
+from sparse_attn.ops import OPS, cuda, gather_pages, lowrank_keys, move_rows, native, use_backend
 
 TABLE = Path(__file__).with_name("cuda_table.json")
 LIBRARY = native.FOLDER / "cuda.so"
@@ -41,7 +41,7 @@ def cuobjdump() -> str | None:
 def short(mangled: str) -> str:
     """A kernel's own name with its template arguments, whatever path it was compiled at."""
     full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"sparse_attn_cuda::|\(anonymous namespace\)::|^void ", "", full)
+    plain = re.sub(r"sparse_attn_kernels::|\(anonymous namespace\)::|^void ", "", full)
     return re.sub(r"\(\w+\)", "", plain[: plain.index("(", plain.rindex(">") if ">" in plain.split("(")[0] else 0)])
 
 
@@ -110,6 +110,14 @@ def test_an_entry_that_names_no_row_moves_nothing():
     with use_backend("cuda_emulated"):
         move_rows(rows, torch.tensor([3, 4, 10]), torch.tensor([-1, 2, 3]))
     assert torch.equal(rows, want)
+
+
+@emulated
+def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
+    rows = torch.zeros(3, 5)
+    with use_backend("cuda_emulated"):
+        gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
+    assert rows.sum(1).tolist() == [0, 0, 5]
 
 
 @emulated

@@ -183,6 +183,8 @@ def test_readme_snippets_run(tmp_path):
 
 # one pass over tokens x channels beside an attention that costs tokens x keys x channels: torch is quick enough
 WITHOUT_KERNEL = {"merge_attention"}
+# what a GPU does with pages of the host; a host does it with csrc/host
+ON_A_GPU = {"gather_pages", "place_pages"}
 
 
 def test_every_op_has_a_kernel_of_the_same_name():
@@ -190,7 +192,8 @@ def test_every_op_has_a_kernel_of_the_same_name():
 
     for name in OPS:
         assert (ROOT / "sparse_attn" / "ops" / f"{name}.py").exists(), name
-        assert name in WITHOUT_KERNEL or (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists(), f"csrc/cpu/{name}.cpp is missing"
+        kernel = ROOT / "csrc" / ("cuda" if name in ON_A_GPU else "cpu") / f"{name}{'.cu' if name in ON_A_GPU else '.cpp'}"
+        assert name in WITHOUT_KERNEL or kernel.exists(), f"{kernel.relative_to(ROOT)} is missing"
 
 
 def test_no_file_is_too_long_to_read():

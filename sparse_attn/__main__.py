@@ -38,6 +38,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
     geometry = (_BLOCK, _BLOCK, _TOKENS, _TOKENS)
     return {
         "antidiagonal_score": lambda: (q, k, _BLOCK, _BLOCK, _STRIDE, scale),
+        "gather_pages": lambda: (k[0, 0], k[0, 1], runs[0], runs[0] // _TOKENS),
         "js_distance": lambda: (score[:, :, 0].softmax(-1), score[:, :, 1].softmax(-1)),
         "key_mass": lambda: (q, k[0].flatten(0, 1), q[..., 0].float(), *runs, scale),
         "keep_top": lambda: (torch.rand(_KV_HEADS * _TOKENS, device=device), *runs, (runs[1] // 2).int(), _TOKENS),
@@ -47,6 +48,7 @@ def typical(op: str, dtype: torch.dtype, device: str) -> tuple:
         "move_rows": lambda: (k.flatten(0, 2), runs[0].flatten() + 1, runs[0].flatten()),
         "page_score": lambda: (q[:, :, -1:], *[k[0, :, ::_BLOCK].flatten(0, 1)] * 2, *(table // _BLOCK for table in runs)),
         "paged_attention": lambda: (q[:, :, -1:], *[k.flatten(0, 2)] * 2, runs[0][..., None], runs[1][..., None].int(), scale),
+        "place_pages": lambda: (lists[0, :, 0] * 0 - 1, lists[0, :, 0].contiguous(), lists[0, :, 0]),
         "pool_blocks": lambda: (q, _BLOCK, "mean"),
         "pooled_score": lambda: (pooled, pooled[:, :_KV_HEADS], pooled[:, :, 0, 0], *geometry),
         "row_score": lambda: (q[:, :, -1:], k.flatten(0, 2), *runs, scale),

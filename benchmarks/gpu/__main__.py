@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     add("--limit", type=float, metavar="SECONDS", help="for everything together (default: 520)")
     add("--commit", help="of a copy without its git history")
     add("--rehearse", action="store_true", help="on the CPU and tiny shapes: does the benchmark itself work?")
-    for internal in ("--part", "--start", "--seconds", "--report"):
+    for internal in ("--part", "--start", "--step", "--seconds", "--report"):
         add(internal, help=argparse.SUPPRESS)
     return parser
 
@@ -85,7 +86,8 @@ def child(args: argparse.Namespace, path: Path) -> int:
 
     part = next(part for part in PARTS if part.name == args.part)
     with torch.inference_mode():
-        return run_units(part, bench(args.rehearse, path, args.commit, float(args.seconds)), int(args.start), report)
+        mine = bench(args.rehearse, path, args.commit, float(args.seconds))
+        return run_units(part, mine, int(args.start), report, int(args.step))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,14 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu: {missing}", file=sys.stderr)
         return 2
     machine = StandIn() if args.rehearse else Gpu()
-    folder = args.results or (Path(tempfile.mkdtemp()) if args.rehearse else _RESULTS)
+    folder = (args.results or (Path(tempfile.mkdtemp()) if args.rehearse else _RESULTS)).absolute()
     path = folder / machine.file
     if args.part:
         return child(args, path)
     try:
         path.open("a").close()
     except OSError as error:
-        parser.error(f"cannot write --results {folder} ({error.strerror}); give a folder that exists")
+        parser.error(f"cannot write --results {args.results or folder} ({error.strerror}); give a folder that exists")
     command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(folder), *(["--rehearse"] if args.rehearse else []),
                *(["--commit", args.commit] if args.commit else [])]
     with tempfile.TemporaryDirectory() as reports:
@@ -132,4 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # what was started ends with us
+    signal.signal(signal.SIGTERM, lambda *said: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -6,6 +6,7 @@ behind it. The time that is left is shared among the parts that are left, by wei
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,17 +24,23 @@ from .units import Bench, Unit, sentence
 LIMIT_S = 520.0  # everything; a command on a lent GPU has ten minutes
 STALL_S = 150.0  # a unit that takes longer hangs
 GRACE_S = 5.0  # a part may be late by so much
+_ROOT = Path(__file__).parents[2]
 LOST = 3  # exit status of a process that cannot go on
 
 
 @dataclass(frozen=True)
 class Part:
-    """A subject of the benchmark: ``units(bench)`` of the module of that name, what it does, and its share of the time."""
+    """A subject of the benchmark: ``units(bench)`` of the module of that name, what it does, and its share of the time.
+
+    Attributes:
+        workers: processes side by side at most, for units that mostly compile.
+    """
 
     name: str
     module: str
     says: str
     weight: float
+    workers: int = 1
 
     def units(self, bench: Bench) -> list[Unit]:
         return list(importlib.import_module(f"{__package__}.{self.module}").units(bench))
@@ -40,7 +48,8 @@ class Part:
 
 PARTS = (
     Part("build", "build", "compiles the CUDA library and the generic CPU library", 20),
-    Part("check", "checks", "every op and GPU backend against float64: poisoned outputs, no waiting, another stream, a graph", 14),
+    Part("check", "checks", "every op and GPU backend against float64: poisoned, without waiting, on another stream, in a graph",
+         14, workers=8),
     Part("ceilings", "ceilings", "torch.mm, copies on the device and from pinned host memory", 3),
     Part("attention", "attention", "block_sparse_attention at densities 1, 0.1, 0.05 beside every SDPA and FlexAttention", 16),
     Part("decode", "decode", "paged_attention over all and 1/16 of the pages, batch 1 and 8, beside a copy and SDPA", 6),
@@ -71,13 +80,14 @@ class Outcome:
                         f"{len(self.unfinished)} entries did not fit"]
 
 
-def run_units(part: Part, bench: Bench, start: int, report: Callable[[dict], None]) -> int:
-    """The units of a part from number ``start``; 0, or LOST when the process cannot go on."""
+def run_units(part: Part, bench: Bench, start: int, report: Callable[[dict], None], step: int = 1) -> int:
+    """Every ``step``-th unit of a part from number ``start``; 0, or LOST when the process cannot go on."""
     units = part.units(bench)
-    for at, unit in enumerate(units[start:], start):
+    for at in range(start, len(units), step):
+        unit = units[at]
         report({"at": at, "of": len(units), "unit": unit.name})
         if bench.left() <= 0:
-            report({"at": at, "unfinished": [u.name for u in units[at:]]})
+            report({"at": at, "unfinished": [u.name for u in units[at::step]]})
             return 0
         bench.say(f"{part.name}: {unit.name}")
         try:
@@ -92,23 +102,20 @@ def run_units(part: Part, bench: Bench, start: int, report: Callable[[dict], Non
     return 0
 
 
-def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, outcome: Outcome) -> None:
-    """A part in child processes, as many as it takes, for so many seconds at most; ``command`` makes one of them."""
-    until, start = time.monotonic() + seconds, 0
+def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, outcome: Outcome, start: int = 0,
+             step: int = 1) -> None:
+    """A part, or every ``step``-th unit of it from ``start``, for so many seconds at most.
+
+    ``command`` makes a child process; when one dies, the next goes on behind the unit that it died in.
+    """
+    until = time.monotonic() + seconds
     while True:
         file = folder / f"{part.name}.{start}.jsonl"
         file.touch()
         left = until - time.monotonic()
-        words = ["--part", part.name, "--start", str(start), "--seconds", f"{left:.1f}", "--report", str(file)]
-        child = subprocess.Popen([*command, *words], env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
-        said = "was killed when the time of its part was over"
-        while child.poll() is None:
-            time.sleep(0.2)
-            quiet = time.time() - file.stat().st_mtime
-            if time.monotonic() > until + GRACE_S or quiet > STALL_S:
-                said = f"was killed after {quiet:.0f} s" if quiet > STALL_S else said
-                os.killpg(child.pid, signal.SIGKILL)  # what it started too
-                child.wait()
+        words = ["--part", part.name, "--start", str(start), "--step", str(step), "--seconds", f"{left:.1f}", "--report", str(file)]
+        child = subprocess.Popen([*command, *words], cwd=_ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0)
+        said = watched(child, file, until)
         reports = [json.loads(line) for line in file.read_text().splitlines()]
         last = settle(part, reports, outcome)
         if any("end" in r or "unfinished" in r for r in reports):
@@ -117,19 +124,37 @@ def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, o
             if child.returncode != LOST or not reports:
                 outcome.failed.append(f"{part.name}: the process ended with status {child.returncode} before a unit began")
                 return
-            start = reports[-1]["at"] + 1
+            start = reports[-1]["at"] + step
         else:
             over = time.monotonic() > until
-            how = said if child.returncode < 0 else f"ended its process with status {child.returncode}"
+            how = said or f"ended its process with status {child.returncode}"
             entry = f"{part.name}: {last['unit']}: {how}"
             (outcome.unfinished if over else outcome.failed).append(entry)
-            start = last["at"] + 1
+            start = last["at"] + step
             if over:
-                outcome.unfinished += [f"{part.name}: {last['of'] - start} more units"] * (last["of"] > start)
+                more = len(range(start, last["of"], step))
+                outcome.unfinished += [f"{part.name}: {more} more units"] * (more > 0)
                 return
         if time.monotonic() > until:
             outcome.unfinished.append(f"{part.name}: from unit {start} on")
             return
+
+
+def watched(child: subprocess.Popen, file: Path, until: float) -> str:
+    """Wait for a child, with all that it starts; '' or why it was killed."""
+    try:
+        while child.poll() is None:
+            time.sleep(0.2)
+            quiet = time.time() - file.stat().st_mtime
+            if quiet > STALL_S:
+                return f"was killed after {quiet:.0f} s"
+            if time.monotonic() > until + GRACE_S:
+                return "was killed when the time of its part was over"
+        return ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def settle(part: Part, reports: list[dict], outcome: Outcome) -> dict | None:
@@ -164,6 +189,8 @@ def run(names: Sequence[str], limit: float, command: Sequence[str], folder: Path
             continue
         share = left * part.weight / sum(other.weight for other in todo[at:])
         print(f"== {part.name}: {part.says} (at most {share:.0f} s)", flush=True)
-        run_part(part, share, command, folder, outcome)
+        workers = max(1, min(part.workers, (os.cpu_count() or 1) // 2))
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda start: run_part(part, share, command, folder, outcome, start, workers), range(workers)))
     return outcome
 

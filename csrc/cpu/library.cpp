@@ -25,7 +25,7 @@ struct On<run> {
   m.def(kSchema_##op); \
   m.impl(#op, TORCH_BOX(&On<&run_##op>::call))
 
-STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY(SA_LIBRARY, m) {
   m.def("missing(str isa) -> str");
   m.impl("missing", TORCH_BOX(&missing_feature));
   SA_SERVE(antidiagonal_score);

@@ -142,21 +142,45 @@ class Probes {
     std::fill(l_, l_ + size() * kLanes, 0.0f);
   }
 
-  // the row's running maximum and sum, each lane its own
-  void absorb(int row, float* s, int64_t key0) {
-    int64_t from, to;
-    seen(row, key0, &from, &to);
+  // the row's running maximum and sum, each lane its own; shares, one per key of the tile, are 2^(logit - maximum so far)
+  void absorb(int row, float* s, int64_t key0, float* shares = nullptr) {
     const F32 before = load(m_ + row * kLanes);
-    F32 top = before;
-    for (int64_t v = from; v < to; ++v) {
-      const F32 x = logit(row, part(s, v), key0 + v * kLanes);
-      store(part(s, v), x);
-      top = max(x, top);
+    F32 top = before, total{};
+    if (const Probe& p = probes_[row]; cap_ == 0 && p.low <= key0 && p.high >= key0 + kTileKeys) {
+      auto all = [&](auto use) {
+        for (int panel = 0; panel < kPanels; ++panel) {
+          #pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) use(load(s + panel * (kPiece * kPanel) + v * kLanes), panel * kPanel + v * kLanes);
+        }
+      };
+      // the factor may be negative, and infinite products have to be seen
+      all([&](F32 x, int) { top = max(x * factor_, top); });
+      total = load(l_ + row * kLanes) * exp2_nonpositive(before - top);
+      all([&](F32 x, int at) {
+        const F32 share = exp2_nonpositive(x * factor_ - top);
+        total += share;
+        if (shares) store(shares + at, share);
+      });
+    } else {
+      int64_t from, to;
+      seen(row, key0, &from, &to);
+      for (int64_t v = from; v < to; ++v) {
+        const F32 x = logit(row, part(s, v), key0 + v * kLanes);
+        store(part(s, v), x);
+        top = max(x, top);
+      }
+      total = load(l_ + row * kLanes) * exp2_nonpositive(before - top);
+      for (int64_t v = from; v < to; ++v) {
+        const F32 share = exp2_nonpositive(load(part(s, v)) - top);
+        total += share;
+        if (shares) store(shares + v * kLanes, share);
+      }
     }
-    F32 total = load(l_ + row * kLanes) * exp2_nonpositive(before - top);
-    for (int64_t v = from; v < to; ++v) total += exp2_nonpositive(load(part(s, v)) - top);
     store(m_ + row * kLanes, top), store(l_ + row * kLanes, total);
   }
+
+  // each lane's maximum so far
+  F32 top(int row) const { return load(m_ + row * kLanes); }
 
   // what the lanes of a row absorbed
   Peak join(int row) const {
@@ -168,13 +192,16 @@ class Probes {
   // from here on a probability of the row is 2^(logit - top) * inverse
   void set(int row, float top, float inverse) { store(m_ + row * kLanes, splat(top)), store(l_ + row * kLanes, splat(inverse)); }
   bool gives(int row) const { return l_[row * kLanes] > 0; }
+  // what a share of a lane whose maximum was `top` then is, as a factor
+  F32 rescaled(int row, F32 top) const { return exp2_nonpositive(top - load(m_ + row * kLanes)) * load(l_ + row * kLanes); }
 
   SA_INLINE F32 probability(int row, const float* s, int64_t key) const {
     return exp2_nonpositive(logit(row, s, key) - load(m_ + row * kLanes)) * load(l_ + row * kLanes);
   }
 
  private:
-  static constexpr int kPiece = 96;  // rows whose logits of one tile exist at a time: whole steps of 6 and of 32
+  // rows whose logits of one tile exist at a time: whole steps, and in the first cache where steps are small
+  static constexpr int kPiece = kStep < 32 ? 24 : 96;
   static_assert(kTileKeys % kPanel == 0 && kPiece % kStep == 0);
 
   SA_INLINE void multiply(int row, int count, int panel, float* s) const {

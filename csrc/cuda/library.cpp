@@ -72,13 +72,15 @@ struct On<run> {
   m.def(kSchema_##op); \
   m.impl(#op, TORCH_BOX(&On<&run_##op>::call))
 
-STABLE_TORCH_LIBRARY(SA_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY(SA_LIBRARY, m) {
   m.def("missing(int device) -> str");
   m.impl("missing", TORCH_BOX(&missing));
   // one line per op, from here on
+  SA_SERVE(gather_pages);
   SA_SERVE(lowrank_keys);
   SA_SERVE(move_rows);
   SA_SERVE(paged_attention);
+  SA_SERVE(place_pages);
 }
 
 }  // namespace SA_NAMESPACE

@@ -76,6 +76,18 @@ std::unique_ptr<Fence> read_pages(Pool& pool, const Numbers& ids, Bytes out, con
   return std::make_unique<Fence>(pool.engine(), std::move(job), std::move(out));
 }
 
+py::object array_of(const std::shared_ptr<Pool>& pool) {
+  auto [base, rows] = pool->array();
+  if (!base) return py::none();
+  return Bytes({rows, pool->page_bytes()}, base, py::cast(pool));
+}
+
+Numbers rows_of(Pool& pool, const Numbers& ids) {
+  Numbers rows(ids.size());
+  pool.rows(ids.data(), ids.size(), rows.mutable_data());
+  return rows;
+}
+
 py::tuple want(Slots& slots, const Numbers& ids) {
   const int64_t runs = ids.shape(0), m = ids.shape(1);
   Numbers slot({runs, m});
@@ -110,8 +122,15 @@ PYBIND11_MODULE(_host, m) {
         });
       }))
       .def("counts", &counts);
-  py::class_<Pool>(m, "Pool")
+  py::class_<Pool, std::shared_ptr<Pool>>(m, "Pool")
       .def(py::init<std::shared_ptr<Engine>, int64_t>())
+      .def(py::init([](std::shared_ptr<Engine> engine, int64_t page_bytes, uintptr_t lock, uintptr_t unlock) {
+        const Locks locks{reinterpret_cast<decltype(Locks::lock)>(lock), reinterpret_cast<decltype(Locks::unlock)>(unlock)};
+        return std::make_shared<Pool>(std::move(engine), page_bytes, locks);
+      }))
+      .def("array", &array_of)
+      .def("refusal", &Pool::refusal)
+      .def("rows", &rows_of, py::arg("ids").noconvert())
       .def("write", &write_pages, py::arg("pages").noconvert())
       .def("read", &read_pages, py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("slots").noconvert())
       .def("hold", [](Pool& pool, const Numbers& ids) { pool.hold(ids.data(), ids.size()); }, py::arg("ids").noconvert())

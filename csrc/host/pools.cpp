@@ -1,5 +1,7 @@
 #include "pools.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -9,6 +11,8 @@ namespace {
 
 // bytes in memory that one thread gathers at a time: a few microseconds
 constexpr int64_t kPiece = 128 << 10;
+
+int64_t memory_of_machine() { return int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE); }
 
 }  // namespace
 
@@ -114,6 +118,29 @@ bool Engine::done(const Job& job) {
 }
 
 // -- the pages of a pool ------------------------------------------------------------------------------------------------------
+
+Pool::Pool(std::shared_ptr<Engine> engine, int64_t page_bytes, Locks locks)
+    : engine_(std::move(engine)), size_(page_bytes), blocks_(page_bytes, std::min(engine_->host_limit_, memory_of_machine()), locks) {}
+
+std::pair<uint8_t*, int64_t> Pool::array() const {
+  const Arena* arena = blocks_.arena();
+  return arena ? std::pair(arena->base(), arena->bytes() / size_) : std::pair<uint8_t*, int64_t>(nullptr, 0);
+}
+
+int Pool::refusal() {
+  std::lock_guard lock(engine_->mutex_);
+  return blocks_.arena() ? blocks_.arena()->refusal() : -1;
+}
+
+void Pool::rows(const int64_t* ids, int64_t n, int64_t* out) {
+  engine_->require_own();
+  std::lock_guard lock(engine_->mutex_);
+  require_open();
+  for (int64_t i = 0; i < n; ++i) {
+    const Page& page = pages_[number(ids[i])];
+    out[i] = page.memory ? (page.memory - array().first) / size_ : -1;
+  }
+}
 
 void Pool::require_open() const {
   if (closed_) throw Failure("closed");

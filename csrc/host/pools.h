@@ -92,6 +92,8 @@ class Engine {
 class Pool {
  public:
   Pool(std::shared_ptr<Engine> engine, int64_t page_bytes) : engine_(std::move(engine)), size_(page_bytes), blocks_(page_bytes) {}
+  // Its pages in memory are rows of one array that is page-locked.
+  Pool(std::shared_ptr<Engine> engine, int64_t page_bytes, Locks locks);
   ~Pool() { close(); }
 
   void write(const uint8_t* pages, int64_t n, int64_t* ids);
@@ -99,6 +101,13 @@ class Pool {
   void hold(const int64_t* ids, int64_t n);
   void release(const int64_t* ids, int64_t n);
   void close();
+
+  // Where that array begins and how many pages it has room for; null and 0 without one.
+  std::pair<uint8_t*, int64_t> array() const;
+  // What kept some of it from being locked; 0 where nothing did, -1 where there is no array.
+  int refusal();
+  // Rows of pages in that array; -1 for those on disk.
+  void rows(const int64_t* ids, int64_t n, int64_t* out);
 
   const std::shared_ptr<Engine>& engine() const { return engine_; }
   int64_t page_bytes() const { return size_; }

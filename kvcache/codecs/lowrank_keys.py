@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -145,6 +146,22 @@ class KeyFactors:
                 self._refit(b, length)
         self._project(b, keys, positions)
 
+    @contextlib.contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """What is appended within is as if it had not been, should one of it fail."""
+        basis, factors = self.basis, self.factors
+        if self._grams:  # a basis may be made anew, and the factors with it
+            basis, factors = (empty_rows(t, len(t)).copy_(t) for t in (basis, factors))
+        facts = {name: getattr(self, name) for name in ("starts", "lengths", "energy", "_room", "_fitted")}
+        held = {"basis": basis, "factors": factors} | {name: getattr(self, name) for name in ("positions", "_turn", "_grams")}
+        try:
+            yield
+        except BaseException:
+            for name, before in held.items():
+                self._hold(name, before)
+            self.__dict__.update(facts)
+            raise
+
     def _refit(self, b: int, length: int) -> None:
         """A basis of few tokens may miss what later ones need: make it anew, and say the factors so far in it.
 
@@ -194,24 +211,24 @@ class KeyFactors:
         """Write the keys of some pages, rotated.
 
         Args:
-            pages: int32 ``[B, Hkv, m]`` numbers, counted from each sequence's first token; -1 for none.
+            pages: int32 ``[B, Hkv, m]`` numbers, counted from each sequence's first token; -1 for none. On the host, or where the factors are,
+                which is then not asked what they are.
             page: tokens of a page.
             out: ``[S, D]``, contiguous.
             targets: int64 ``[B, Hkv, m]`` row of ``out`` where the first key of each page goes.
         """
         require(self.basis is not None, "there are no keys yet to rebuild; fit() comes first")
-        first, lengths = pages.cpu().long() * page, self.lengths[:, None, None]
-        beyond = (first >= lengths).nonzero()
-        require(not len(beyond),
+        first, lengths = pages.long() * page, self.lengths[:, None, None].to(pages.device, non_blocking=True)
+        require(pages.device.type != "cpu" or bool((first < lengths).all()),  # where looking is free
                 f"sequences have {self.lengths.tolist()} tokens, and pages of {page} were asked for that lie behind them")
         counts = (lengths - first).clamp(max=page).masked_fill(first < 0, 0).int()
-        starts = (self.starts[:, None, None] + first).where(first >= 0, 0)
+        starts = (self.starts[:, None, None].to(pages.device, non_blocking=True) + first).where(first >= 0, 0)
         on_device = (t.to(out.device) for t in (starts, counts, targets))
         turn = self._turn
         ops.lowrank_keys(out, self.factors, self.basis, *on_device, self.positions, turn.far, turn.near, turn.interleaved)
         if turn.pairs is None:
             token = torch.arange(page)
-            real = token < counts[..., None]
+            real = token < counts.cpu()[..., None]
             rows, sources = ((t.cpu()[..., None] + token)[real].to(out.device) for t in (targets, starts))
             at = self.positions[sources].long().cpu()
             out[rows] = self._rotation.move(out[rows][None, None], torch.zeros_like(at), at)[0, 0]

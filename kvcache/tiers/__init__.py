@@ -3,5 +3,7 @@
 from .errors import CapacityError, TierError
 from .pool import Fence, Pool, Pools, Slots
 from .specs import TIERS, Device, Disk, Host, as_tiers
+from .streams import Event, Pin, Streams, streams_of
 
-__all__ = ["TIERS", "CapacityError", "Device", "Disk", "Fence", "Host", "Pool", "Pools", "Slots", "TierError", "as_tiers"]
+__all__ = ["TIERS", "CapacityError", "Device", "Disk", "Event", "Fence", "Host", "Pin", "Pool", "Pools", "Slots", "Streams", "TierError",
+           "as_tiers", "streams_of"]

@@ -6,7 +6,7 @@ size. There are two backends with the same behaviour: the C++ engine, and ``plai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from sparse_attn.errors import require, warn_once
 
 from . import errors, plain
 from .specs import Disk, Host, Tier, as_tiers
+from .streams import Pin, Streams, streams_of
 
 try:
     from . import _host
@@ -31,19 +32,25 @@ class Pools:
     """The tiers behind the device of one cache: every limit holds for all its pools together.
 
     A full host tier passes its oldest pages on to the disk. They stay there: the slots of the device are what keeps pages at hand
-    that are read often. Host memory is not pinned: a read for a GPU passes through a piece that is.
+    that are read often. Without a disk, host memory may be page-locked (``of``), and a GPU reads it itself; any other read for a GPU
+    passes through a piece that is.
 
     Args:
         tiers: what ``as_tiers`` takes; the device, and one or two behind it.
         threads: that gather pages, for all pools.
         backend: of ``BACKENDS``; None for the compiled one where it was built.
+        streams: where the pages of a device are copied.
+
+    Attributes:
+        streams: as given.
 
     Raises:
         ContractError: if there is nothing behind the device, or the disk's folder cannot be written to.
     """
 
-    def __init__(self, tiers: Iterable[Tier | str | dict], threads: int = 2, backend: str | None = None):
-        self.tiers = as_tiers(tiers)
+    def __init__(self, tiers: Iterable[Tier | str | dict], threads: int = 2, backend: str | None = None,
+                 streams: Callable[[torch.device], Streams] = streams_of):
+        self.tiers, self.streams = as_tiers(tiers), streams
         require(len(self.tiers) > 1, "these tiers are the device alone, which needs no pools; add 'host' or 'disk'")
         require(isinstance(threads, int) and threads >= 1, f"threads={threads!r} must be 1 or more")
         found = {type(tier): tier for tier in self.tiers}
@@ -51,18 +58,24 @@ class Pools:
         self._backend, self._pools = _backend(backend), {}
         self._engine = self._backend.Engine(*limits, found[Disk].folder if Disk in found else "", threads)
 
-    def of(self, page_bytes: int) -> Pool:
-        """The pool of pages of so many bytes; always the same one."""
+    def of(self, page_bytes: int, pin: Pin | None = None) -> Pool:
+        """The pool of pages of so many bytes; always the same one.
+
+        Args:
+            pin: how its memory is page-locked, where it comes into being with this call; of no use with a disk, to which pages go
+                whatever a device reads, or without the compiled backend.
+        """
         require(isinstance(page_bytes, int) and page_bytes >= 1, f"page_bytes={page_bytes!r} must be 1 or more")
         if page_bytes not in self._pools:
+            locks = (pin.lock, pin.unlock) if pin is not None and self._backend is _host and Disk not in map(type, self.tiers) else ()
             # of two threads that come first at once, one gets the other's
-            self._pools.setdefault(page_bytes, Pool(self._backend.Pool(self._engine, page_bytes), page_bytes))
+            self._pools.setdefault(page_bytes, Pool(self._backend.Pool(self._engine, page_bytes, *locks), page_bytes, bool(locks)))
         return self._pools[page_bytes]
 
     def counts(self) -> dict:
         """Of all pools: ``host`` and ``disk`` with ``pages``, ``bytes``, ``peak_bytes`` and ``read_bytes``, and pages ``moved`` down so far.
 
-        Bytes of the disk are those of its file, where each page is rounded up to 4 KiB.
+        Bytes of the disk are those of its file, where each page is rounded up to 4 KiB. What a GPU reads itself is not in ``read_bytes``.
         """
         return self._engine.counts()
 
@@ -80,8 +93,28 @@ class Pool:
         page_bytes: of each page.
     """
 
-    def __init__(self, pool, page_bytes: int):
-        self._pool, self.page_bytes = pool, page_bytes
+    def __init__(self, pool, page_bytes: int, locked: bool = False):
+        self._pool, self.page_bytes, self._locked = pool, page_bytes, locked
+
+    def array(self) -> Tensor | None:
+        """uint8 ``[room, page_bytes]``: the page-locked memory that has all pages as its rows, and nothing to be read in others; or None.
+
+        A device that reads it must be done before a page is released.
+        """
+        if not self._locked:
+            return None
+        refusal = self._pool.refusal()
+        if refusal:
+            why = "has no addresses left" if refusal < 0 else f"refused with error {refusal}"
+            warn_once(f"the system {why} when host memory of the cache was to be page-locked, so that its pages pass through the host on their "
+                      "way to the GPU, which is slower; raise the limit (ulimit -l, -v), or give the host tier fewer bytes")
+            self._locked = False
+            return None
+        return torch.from_numpy(self._pool.array())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """int64 ``[n]``: rows of ``array`` of the pages ``ids``, as long as they are held."""
+        return torch.from_numpy(self._pool.rows(_numbers(ids, "ids")))
 
     def write(self, pages: Tensor) -> Tensor:
         """Keep pages, each held once.

@@ -44,12 +44,17 @@ class MoBA:
         if not ctx.causal:
             raise NotServed("needs causal attention")
         k, _ = kv.fetch()
+        index = empty_index(q, kv, ctx, (self.block_q, self.block_k))
+        if self.top_k * self.block_k >= kv.n_tokens:
+            return ReadPlan(index.where(index.reachable()))
         single = empty_index(q, kv, ctx, (1, self.block_k))
-        score = shares(_from_first(q, single).float(), pool_keys(k, single), ctx.scale, single)
+        pooled, group = pool_keys(k, single), q.shape[1] // k.shape[1]
+        # a head at a time: all queries as floats would be twice q
+        score = torch.cat([shares(_from_first(q[:, h : h + 1], single).float(), pooled[:, h // group, None], ctx.scale, single)
+                           for h in range(q.shape[1])], 1)
         top_k = torch.full((1, 1, 1), self.top_k, dtype=torch.int32, device=q.device)
         picks = choose(score, single, k.shape[1], top_k=top_k, sink=0, recent=1, gqa=self.gqa).to_mask()  # [B, Hp, Nq, Kb]
         filled = torch.nn.functional.pad(picks, (0, 0, 0, -q.shape[2] % self.block_q))
-        index = empty_index(q, kv, ctx, (self.block_q, self.block_k))
         return ReadPlan(index.where(filled.unflatten(2, (-1, self.block_q)).any(3)))
 
 

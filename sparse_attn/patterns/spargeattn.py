@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -83,6 +84,8 @@ class SpargeAttn:
 
     def _self_similarity(self, k: Tensor, index: BlockIndex) -> Tensor:
         """float32 ``[B, Hkv, Kb]``: mean cosine between all pairs of keys of a block."""
-        if self.smooth_k:
-            k = k - ops.pool_blocks(k, k.shape[2], "mean", index.first, index.last)  # one block: the mean of the row's real keys
-        return pool_keys(k, index, "unit_mean").square().sum(-1)
+        if not self.smooth_k:
+            return pool_keys(k, index, "unit_mean").square().sum(-1)
+        mean = ops.pool_blocks(k, k.shape[2], "mean", index.first, index.last)  # one block: the mean of the row's real keys
+        heads = [pool_keys(k[:, h : h + 1] - mean[:, h : h + 1], index, "unit_mean") for h in range(k.shape[1])]  # a head fits a cache
+        return torch.cat(heads, 1).square().sum(-1)
