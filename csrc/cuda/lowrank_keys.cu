@@ -40,7 +40,7 @@ struct Shape {
   static constexpr int64_t kShared = (kStages > kKeys ? kStages : kKeys) + kTokens * sizeof(PageTable::Place);
 };
 
-// `width` elements from `from`, or as many of a vector as lie below it, and zeros for the rest
+// a vector from `from`: the first `have` elements of it, and zeros for the rest
 template <class Element>
 SA_DEVICE void fetch(Element* to, const Element* from, int64_t stride, int64_t have, bool whole) {
   constexpr int kPerVector = 16 / int(sizeof(Element));
@@ -60,7 +60,8 @@ class Block {
         keys_(reinterpret_cast<float*>(shared_memory())),
         places_(reinterpret_cast<PageTable::Place*>(shared_memory() + S::kShared) - kTokens) {
     const View& basis = call.a.basis;
-    basis_ = static_cast<const Element*>(basis.data) + list / basis.size[1] * basis.stride[0] + list % basis.size[1] * basis.stride[1];
+    const int64_t b = list / basis.size[1], h = list % basis.size[1];
+    basis_ = static_cast<const Element*>(basis.data) + b * basis.stride[0] + h * basis.stride[1];
   }
 
   // the tokens of the list from `first` on

@@ -8,9 +8,9 @@
 //
 // What that costs, per listed row with D = Dv = 128 and R queries x heads: 512 bytes of bfloat16 and 256 R multiply-adds. An sm_90
 // of 132 multiprocessors at 1.75 GHz that copies 3.35 TB/s has 35 cycles of one of them for a row, which are 140 warp instructions.
-// Counted from the source: 8 R multiply-adds, 8 unpackings, 2.6 R that sum over the team or read from it and 10 others, 103 for R = 8
-// and 188 for R = 16. float32 rows are twice as long and take as many. So up to 8 the float32 units keep up with memory; beyond, this
-// backend refuses, and the matrix units of Triton's take over. None of this was measured: it has never run on a GPU.
+// As compiled for sm_90a the main loop has 83 of them for a row with R up to 4 and 128 with R up to 8 (bfloat16, no softcap), of
+// which 8 R multiply. float32 rows are twice as long and take as many. So up to 8 the float32 units should keep up with memory;
+// beyond, this backend refuses, and the matrix units of Triton's take over. None of this was measured: it has never run on a GPU.
 #include <cmath>
 
 #include "pages.h"
@@ -48,8 +48,8 @@ struct Call {
   SA_HOST_DEVICE int64_t row_of(int b, int head, int i) const { return (int64_t(b) * heads + head) * n_q + i; }
 };
 
-// A team of kTeam lanes holds a row, kVectors of 16 bytes a lane, and meets kQueries queries. Rows that are not aligned to 16 bytes,
-// !kWhole, are read element by element: right, and slow.
+// A team of kTeam lanes holds a row, kVectors of 16 bytes a lane, and meets kQueries queries. Rows that are not aligned to 16
+// bytes, !kWhole, are read element by element: right, and slow.
 template <class Element_, int kTeam_, int kVectors_, int kQueries_, bool kWhole_>
 struct Shape {
   using Element = Element_;

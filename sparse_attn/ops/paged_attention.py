@@ -149,7 +149,8 @@ def _cuda_work(processors, q, k, v, starts, counts, *rest):
     queries, rows, lists = q.shape[1] // starts.shape[1] * q.shape[2], q.shape[:3].numel(), starts.shape[:2].numel()
     blocks = processors * (3 if queries <= _CUDA_QUERIES // 2 else 2)
     parts = max(1, min(blocks // max(1, lists), -(-k.shape[0] // _CUDA_ROWS)))
-    return (torch.empty_like(starts, memory_format=torch.contiguous_format), *(q.new_empty(parts, rows, width, dtype=torch.float32) for width in (v.shape[1], 2)))
+    ends = torch.empty_like(starts, memory_format=torch.contiguous_format)
+    return ends, *(q.new_empty(parts, rows, width, dtype=torch.float32) for width in (v.shape[1], 2))
 
 
 cuda.add(paged_attention, _outputs, _cuda_needs, _cuda_work)
