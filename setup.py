@@ -8,9 +8,9 @@ torch is located, never imported.
 
 SPARSE_ATTN_BUILD is a comma list of instruction sets, or `none`, or `default`; `emulated` adds the AMX kernels on emulated
 tiles and the CUDA kernels on emulated threads, for tests on machines without them. `cuda` is part of the default where torch is a
-CUDA build. CXX names the compiler; nvcc is looked for in PATH and CUDA_HOME. Objects whose sources are unchanged are not rebuilt. The host
-engine needs the headers of Python and of pybind11, its own or those that come with torch. Where the CUDA library or the host engine
-cannot be built the package does without.
+CUDA build. CXX names the compiler; nvcc is looked for in CUDA_HOME and PATH. Objects whose sources are unchanged are not rebuilt.
+The host engine needs the headers of Python and of pybind11, its own or those that come with torch. Where the CUDA library or the
+host engine cannot be built the package does without.
 """
 
 import hashlib
@@ -95,7 +95,8 @@ def torch_cuda():
     """The CUDA version that torch was built for, or None."""
     found = importlib.util.find_spec("torch")
     version = Path(found.origin).parent / "version.py" if found is not None and found.origin is not None else None
-    said = re.search(r"^cuda\b.*= *'([\d.]+)'", version.read_text(), re.MULTILINE) if version is not None and version.exists() else None
+    text = version.read_text() if version is not None and version.exists() else ""
+    said = re.search(r"^cuda\b.*= *'([\d.]+)'", text, re.MULTILINE)
     return said and said[1]
 
 

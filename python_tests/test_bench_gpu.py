@@ -377,7 +377,16 @@ def test_a_part_that_takes_too_long_is_killed_and_the_rest_listed(tmp_path, monk
 def test_a_process_that_does_not_start_is_a_failure(tmp_path):
     outcome = runner.Outcome()
     runner.run_part(runner.Part("p", "", "", 1), 30, [sys.executable, "-S", "-c", "raise SystemExit(7)"], tmp_path, outcome)
-    assert outcome.failed == ["p: the process ended with status 7 before a unit began"]
+    assert outcome.failed == ["p: its process ended with status 7 before a unit began"]
+
+
+def test_a_process_that_has_no_time_to_start_did_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_S", 0.2)
+    outcome = runner.Outcome()
+    slow = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    runner.run_part(runner.Part("p", "", "", 1), 0.2, slow, tmp_path, outcome)
+    assert not outcome.failed
+    assert outcome.unfinished == ["p: its process was killed when the time of its part was over before a unit began"]
 
 
 def test_time_is_shared_and_what_never_began_is_listed(tmp_path, monkeypatch, capsys):
@@ -393,7 +402,9 @@ def test_time_is_shared_and_what_never_began_is_listed(tmp_path, monkeypatch, ca
 
 def test_a_subset_runs_from_end_to_end(tmp_path, capsys):
     assert command.main(["--rehearse", "--only", "ceilings", "--results", str(tmp_path), "--commit", "abc"]) == 0
-    assert "2 units done, 0 failed, 0 left something out, 0 entries did not fit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 units done, 0 failed, 0 left something out, 0 entries did not fit" in said
+    assert said.count("| not measured |") == len(bars.BARS)
     (file,) = tmp_path.iterdir()
     assert [row["op"] for row in bars.read(file)] == ["mm", "copy", "copy from pinned"] and bars.read(file)[0]["commit"] == "abc"
 
@@ -490,7 +501,7 @@ def test_tests_of_the_ops_run_on_the_machine(tmp_path):
     of, said, file = bench(), [], tmp_path / "test_it.py"
     of.say = said.append
     file.write_text(ASKS)
-    assert suite.run(of, file) == "1 tests skipped" and said == ["   1 passed, 0 failed, 1 skipped"]
+    assert suite.run(of, [file]) == "1 tests skipped" and said == ["   1 passed, 0 failed, 1 skipped"]
 
 
 def test_what_the_tests_of_the_ops_said_is_told():

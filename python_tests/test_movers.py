@@ -167,6 +167,25 @@ def test_a_model_reads_the_same_pages(codec):
             assert torch.equal(model.generate(ids, past_key_values=cache, **beams), want)
 
 
+@pytest.mark.parametrize("leave", ["clear", "select", "prepare", "last"])
+def test_no_page_is_released_while_it_may_be_read(monkeypatch, leave):
+    streams, meter, (store, _) = Delayed(), Meter(), filled(2, 40)
+    archive = Archive(meter, 4, 4, Pools(("device", "host"), streams=streams), LowRankKeys(rank=2).layer(meter, None))
+    archive.take(store, 0)
+    archive.fetch(torch.tensor([[[0, 9, 4], [7, 8, -1]]] * 2).int())
+    assert streams.waiting
+    released, pool = [], type(archive._values)
+    monkeypatch.setattr(pool, "release", lambda self, ids, before=pool.release: (released.append(len(streams.waiting)), before(self, ids)))
+    if leave == "prepare":
+        archive.prepare(lambda pages: None)
+    elif leave == "last":
+        del archive
+        gc.collect()
+    else:
+        getattr(archive, leave)(*([torch.tensor([1, 0, 1])] if leave == "select" else []))
+    assert released and not any(released)
+
+
 # -- page-locked memory --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +298,23 @@ def test_a_fetch_without_memory_leaves_the_archive_as_it_was(monkeypatch, stream
     region = archive.fetch(wanted).wait()
     assert region.k[region.starts[0, 0], 0].tolist() == [held[0][4 * p] for p in (0, 9, 4)]
     assert meter.now == archive.n_bytes and archive.wanted == 7
+
+
+@pytest.mark.parametrize("where", ["copying", "rebuilding"])
+def test_pages_that_did_not_come_are_fetched_again(monkeypatch, where):
+    streams, meter, (store, held) = Delayed(), Meter(), filled(1, 40)
+    archive = Archive(meter, 4, 4, Pools(("device", "host"), streams=streams), LowRankKeys(rank=2).layer(meter, None))
+    archive.take(store, 0)
+    archive.prepare(lambda pages: None)
+    wanted = torch.tensor([[[0, 9, 4], [7, 8, -1]]]).int()
+    with monkeypatch.context() as patch:
+        Scarce(patch, *((streams, "beside") if where == "copying" else (archive._factors, "rebuild"))).left = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            archive.fetch(wanted)
+    assert meter.now == archive.n_bytes
+    region = archive.fetch(wanted).wait()
+    assert region.v[region.starts[0, 0], 0].tolist() == [held[0][4 * p] for p in (0, 9, 4)]
+    assert (region.k[region.starts[0, 0], 0] - torch.tensor([held[0][4 * p] for p in (0, 9, 4)])).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("codec", [None, "lowrank"])

@@ -308,14 +308,17 @@ def test_a_host_engine_that_does_not_compile_is_done_without(tmp_path):
 
 def stub_compiler(path: Path, fails: str) -> Path:
     """Makes empty objects; exits 1 where its arguments match the pattern of sh."""
-    path.write_text(f'#!/bin/sh\ncase "$*" in {fails}) exit 1;; *--list-gpu-code*) echo "sm_80 sm_90 sm_100"; exit 0;; *-fsyntax-only*) exit 0;; esac\n'
+    path.write_text(f'#!/bin/sh\ncase "$*" in {fails}) exit 1;; *--list-gpu-code*) echo "sm_80 sm_90 sm_100"; exit 0;;\n'
+                    '*-fsyntax-only*) exit 0;; esac\n'
                     'while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2"; shift;; esac; shift; done\n')
     path.chmod(0o755)
     return path
 
 
-@pytest.mark.parametrize(("nvcc", "sentence"), [(None, "no nvcc that knows these GPUs was found"), ("*move_rows.cu*", "compiling csrc/cuda/move_rows.cu for cuda failed"),
-                                                ("", "knows sm_80, sm_90a, sm_100 only; GPUs of sm_120 need a newer one")])
+@pytest.mark.parametrize(("nvcc", "sentence"), [
+    (None, "no nvcc that knows these GPUs was found"), ("*move_rows.cu*", "compiling csrc/cuda/move_rows.cu for cuda failed"),
+    ("", "knows sm_80, sm_90a, sm_100 only; GPUs of sm_120 need a newer one"),
+])  # fmt: skip
 def test_the_cuda_library_is_built_where_it_can_be_and_done_without_elsewhere(tmp_path, nvcc, sentence):
     cxx = stub_compiler(tmp_path / "c++", "''")
     (tmp_path / "bin").mkdir()

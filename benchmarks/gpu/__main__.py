@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["table"]:
         return table(words[1:])
     try:
+        from .bars import read, verdicts
         from .machine import Gpu, StandIn, no_gpu
         from .runner import LIMIT_S, PARTS, run
     except ModuleNotFoundError as error:
@@ -122,13 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return child(args, path)
     try:
         path.open("a").close()
+        before = len(read(path))
     except OSError as error:
         parser.error(f"cannot write --results {args.results or folder} ({error.strerror}); give a folder that exists")
     command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(folder), *(["--rehearse"] if args.rehearse else []),
                *(["--commit", args.commit] if args.commit else [])]
     with tempfile.TemporaryDirectory() as reports:
         outcome = run([name for name in names if name in (args.only or names)], args.limit or LIMIT_S, command, Path(reports))
-    print("\n".join(outcome.lines()))
+    print("\n".join([*verdicts(read(path)[before:]), *outcome.lines()]))
     print(f"lines: {path}   as Markdown: python -m benchmarks.gpu table {path}")
     return 1 if outcome.failed else 0
 

@@ -85,6 +85,16 @@ def _number(value: float | None, form: str = "{:,.4g}") -> str:
     return "" if value is None else form.format(value)
 
 
+def verdicts(rows: Sequence[dict]) -> list[str]:
+    """The table of bars, a line for each case and one for a bar without any."""
+    held = []
+    for name, bar in BARS.items():
+        of = [row for row in rows if row.get("bar") == name]
+        held += [(bar.says, what(row), f"{row['value']:.3f}", bar.bound, "yes" if bar.reached(row["value"]) else "no")
+                 for row in of] or [(bar.says, "", "not measured", bar.bound, "")]
+    return table(("bar", "case", "measured", "must be", "reached"), held)
+
+
 def markdown(rows: Sequence[dict]) -> str:
     """Both tables, for each device."""
     lines = []
@@ -92,12 +102,7 @@ def markdown(rows: Sequence[dict]) -> str:
         here = [row for row in latest(rows) if row["device"] == device]
         made = dict.fromkeys(f"{row['commit']}, torch {row['versions']['torch']}" for row in here)
         lines += [f"## {device}", "", f"Commit {'; '.join(made)}.", ""]
-        held = []
-        for name, bar in BARS.items():
-            of = [row for row in here if row.get("bar") == name]
-            held += [(bar.says, what(row), f"{row['value']:.3f}", bar.bound, "yes" if bar.reached(row["value"]) else "no")
-                     for row in of] or [(bar.says, "", "not measured", bar.bound, "")]
-        lines += table(("bar", "case", "measured", "must be", "reached"), held)
+        lines += verdicts(here)
         timed = [(what(row), _number(row["us"][1] / 1e3), _number(row.get("tflops")), _number(row.get("gbps")),
                   row["baseline"] or "", _number(row["baseline_us"] and row["baseline_us"][1] / 1e3), _number(row["ratio"]),
                   _number(row.get("error_ratio")), row.get("remark", "")) for row in here]

@@ -23,6 +23,7 @@ from .units import Bench, Unit, sentence
 
 LIMIT_S = 520.0  # everything; a command on a lent GPU has ten minutes
 STALL_S = 150.0  # a unit that takes longer hangs
+LEAST_S = 25.0  # of a part: torch alone takes a while to import
 GRACE_S = 5.0  # a part may be late by so much
 _ROOT = Path(__file__).parents[2]
 LOST = 3  # exit status of a process that cannot go on
@@ -109,12 +110,13 @@ def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, o
     ``command`` makes a child process; when one dies, the next goes on behind the unit that it died in.
     """
     until = time.monotonic() + seconds
+    environment = {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // step))} if step > 1 else {})
     while True:
         file = folder / f"{part.name}.{start}.jsonl"
         file.touch()
         left = until - time.monotonic()
         words = ["--part", part.name, "--start", str(start), "--step", str(step), "--seconds", f"{left:.1f}", "--report", str(file)]
-        child = subprocess.Popen([*command, *words], cwd=_ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0)
+        child = subprocess.Popen([*command, *words], cwd=_ROOT, env=os.environ | environment, process_group=0)
         said = watched(child, file, until)
         reports = [json.loads(line) for line in file.read_text().splitlines()]
         last = settle(part, reports, outcome)
@@ -122,7 +124,9 @@ def run_part(part: Part, seconds: float, command: Sequence[str], folder: Path, o
             return
         if last is None:  # between two units, or before the first
             if child.returncode != LOST or not reports:
-                outcome.failed.append(f"{part.name}: the process ended with status {child.returncode} before a unit began")
+                how = said or f"ended with status {child.returncode}"
+                late = said and time.monotonic() > until
+                (outcome.unfinished if late else outcome.failed).append(f"{part.name}: its process {how} before a unit began")
                 return
             start = reports[-1]["at"] + step
         else:
@@ -187,7 +191,7 @@ def run(names: Sequence[str], limit: float, command: Sequence[str], folder: Path
         if left < 5:
             outcome.unfinished.append(f"{part.name}: the whole part")
             continue
-        share = left * part.weight / sum(other.weight for other in todo[at:])
+        share = min(left, max(LEAST_S, left * part.weight / sum(other.weight for other in todo[at:])))
         print(f"== {part.name}: {part.says} (at most {share:.0f} s)", flush=True)
         workers = max(1, min(part.workers, (os.cpu_count() or 1) // 2))
         with ThreadPoolExecutor(workers) as pool:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ _TESTS = _ROOT / "python_tests"
 _REPORT, _REHEARSE = "SPARSE_ATTN_SUITE_REPORT", "SPARSE_ATTN_SUITE_REHEARSE"
 SUFFIX = "_on_gpu"
 _WORKERS = 8
+_ENOUGH = 25  # failures; a GPU that is lost fails all that come behind
 _REHEARSED = "cpu_generic"
 
 
@@ -56,6 +57,8 @@ def add(op: Op, name: str, machine: StandIn) -> None:
 
 
 def pytest_configure(config) -> None:
+    if not hasattr(config, "workerinput"):  # under xdist the workers hear of a report too
+        config.pluginmanager.register(_Listener(os.environ[_REPORT]))
     machine = StandIn() if os.environ.get(_REHEARSE) else Gpu()
     for op in OPS.values():
         for name in machine.backends(op):
@@ -71,13 +74,17 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(blind)
 
 
-def pytest_runtest_logreport(report) -> None:
-    file = os.environ.get(_REPORT)
-    # under xdist the workers hear of a report too
-    if file and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):
-        with open(file, "a") as lines:
-            said = str(report.longrepr or "")[-600:]
-            lines.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "said": said}) + "\n")
+class _Listener:
+    """Writes a line per test."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            with open(self.file, "a") as lines:
+                said = str(report.longrepr or "")[-600:]
+                lines.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "said": said}) + "\n")
 
 
 def files() -> list[Path]:
@@ -85,16 +92,16 @@ def files() -> list[Path]:
     return [path for path in sorted(_TESTS.glob("test_*.py")) if "@op_backends" in path.read_text()]
 
 
-def run(bench: Bench, path: Path) -> str | None:
-    """The tests of one file on the GPU; None, or how many could not run; raises with the first failures."""
+def run(bench: Bench, paths: Sequence[Path]) -> str | None:
+    """The tests of these files on the GPU; None, or how many could not run; raises with the first failures."""
     with tempfile.TemporaryDirectory() as folder:
-        return _run(bench, path, Path(folder) / "tests.jsonl")
+        return _run(bench, paths, Path(folder) / "tests.jsonl")
 
 
-def _run(bench: Bench, path: Path, report: Path) -> str | None:
+def _run(bench: Bench, paths: Sequence[Path], report: Path) -> str | None:
     chosen = f"{_REHEARSED}{SUFFIX}" if bench.machine.rehearsal else SUFFIX
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.suite", "-k", chosen,
-               str(path)]
+               "--maxfail", str(_ENOUGH), *map(str, paths)]
     if importlib.util.find_spec("xdist") and not bench.machine.rehearsal:
         command += ["-n", str(_WORKERS)]  # most of the time goes to compiling
     environment = os.environ | {_REPORT: str(report)} | ({_REHEARSE: "1"} if bench.machine.rehearsal else {})
@@ -126,5 +133,4 @@ def judged(bench: Bench, found: list[dict], over: bool, status: int, said: str) 
 
 
 def units(bench: Bench) -> Iterator[Unit]:
-    for path in files():
-        yield Unit(path.stem, lambda path=path: run(bench, path))
+    yield Unit("tests of the ops", lambda: run(bench, files()))

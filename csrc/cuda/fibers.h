@@ -15,7 +15,7 @@
 
 namespace SA_NAMESPACE::fibers {
 
-constexpr size_t kStack = 128 * 1024, kFence = 4096;
+constexpr size_t kStack = 128 * 1024, kFence = 256;
 constexpr char kFenceByte = 0x5a;
 
 struct Meeting {

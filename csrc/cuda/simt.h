@@ -31,6 +31,12 @@
 
 namespace SA_NAMESPACE {
 
+#if defined(SA_CUDA_EMULATED)
+constexpr bool kEmulated = true;  // for kernels that take fewer threads then: a fiber costs more than a thread
+#else
+constexpr bool kEmulated = false;
+#endif
+
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
 };
@@ -157,18 +163,31 @@ SA_DEVICE bool all(bool yes) { return ballot(yes) == ~0u; }
 // of the votes, those of lower lanes
 SA_DEVICE int votes_before(uint32_t votes) { return popcount(votes & ((1u << lane()) - 1)); }
 
+// a single instruction for these on a GPU
+template <class T>
+constexpr bool kReduced = !kEmulated && (std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
+
 template <class T>
 SA_DEVICE T warp_sum(T x) {
+#if !defined(SA_CUDA_EMULATED)
+  if constexpr (kReduced<T>) return __reduce_add_sync(~0u, x);
+#endif
   for (int step = 16; step; step >>= 1) x += shuffle_xor(x, step);
   return x;
 }
 template <class T>
 SA_DEVICE T warp_max(T x) {
+#if !defined(SA_CUDA_EMULATED)
+  if constexpr (kReduced<T>) return __reduce_max_sync(~0u, x);
+#endif
   for (int step = 16; step; step >>= 1) x = std::max(x, shuffle_xor(x, step));
   return x;
 }
 template <class T>
 SA_DEVICE T warp_min(T x) {
+#if !defined(SA_CUDA_EMULATED)
+  if constexpr (kReduced<T>) return __reduce_min_sync(~0u, x);
+#endif
   for (int step = 16; step; step >>= 1) x = std::min(x, shuffle_xor(x, step));
   return x;
 }
@@ -249,7 +268,8 @@ inline void check(Grid grid, int threads, int64_t shared_bytes) {
 }
 
 template <class... P>
-void launch_as(void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Stream& stream, std::type_identity_t<P>... args) {
+void launch_as(void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Stream& stream,
+               std::type_identity_t<P>... args) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   check(grid, threads, shared_bytes);
 #if defined(SA_CUDA_EMULATED)
@@ -265,7 +285,8 @@ void launch_as(void (*kernel)(P...), Grid grid, int threads, int64_t shared_byte
   if (device != stream.device) must(cudaSetDevice(stream.device), "choosing the device");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024)
-    must(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "asking for shared memory");
+    must(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+         "asking for shared memory");
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))..., nullptr};
   must(cudaLaunchKernel(function, dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), dim3(threads), pointers,
                         size_t(shared_bytes), static_cast<cudaStream_t>(stream.handle)),

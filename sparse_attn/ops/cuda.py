@@ -1,7 +1,7 @@
 """One line to give an op its CUDA backend: kernels of ``csrc/cuda``, compiled ahead of time into ``sparse_attn/_native/cuda.so``.
 
 The library needs nothing of CUDA torch to load; what it lacks on a machine is a sentence. The same kernels run on emulated threads
-on CPU tensors, slowly, where ``cuda_emulated.so`` was built: tests force that backend by name, and nothing ever chooses it.
+on CPU tensors, slowly, where ``cuda_emulated.so`` was built: tests force that backend by name, nothing ever chooses it.
 
 Kernels look at nothing that would have to come back to the host. What a CPU backend refuses for what a tensor holds, they survive as
 the op says. None of them has run on a GPU yet.
@@ -84,7 +84,7 @@ def add(op: Op, outputs: Callable, refuses: Callable[..., str | None] = lambda *
         outputs: allocates the outputs from the op's arguments, or returns None where the op writes in place; the op's fake
             function does exactly that.
         refuses: None, or what the kernels need of these arguments and did not get.
-        work: ``work(processors, *args)`` allocates at most four contiguous tensors that the kernels scribble in, ``stream.work`` there.
+        work: ``work(processors, *args)`` allocates at most four contiguous tensors that the kernels scribble in: ``stream.work``.
         on_host: arguments, not the first, that may lie elsewhere than the others; ``refuses`` says where.
     """
     here = tuple(name not in on_host for name in op.signature.parameters)

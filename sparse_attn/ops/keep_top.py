@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .registry import op
 
 
@@ -29,7 +29,8 @@ def keep_top(score: Tensor, starts: Tensor, lengths: Tensor, counts: Tensor, slo
         int32 ``[B, Hkv, slots]``: offsets counted from the run's start, ascending; -1 behind them.
 
     Raises:
-        ContractError: on mismatched shapes or dtypes, a run outside the score, a negative count, or too few slots.
+        ContractError: on mismatched shapes or dtypes, and (on CPU, where looking is free) a run outside the score, a negative
+            count, or too few slots. On a GPU such a run keeps nothing, such a count is 0, and the best that fit the slots are kept.
     """
     kept = torch.full((*starts.shape, slots), -1, dtype=torch.int32, device=score.device)
     runs = zip(starts.flatten().tolist(), lengths.flatten().tolist(), counts.flatten().tolist(), strict=True)
@@ -60,4 +61,5 @@ def _kept(score, starts, lengths, counts, slots):
     return score.new_empty((*starts.shape, slots), dtype=torch.int32)
 
 
+cuda.add(keep_top, _kept)
 native.add(keep_top, _kept)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
@@ -81,8 +81,8 @@ def select_blocks(
         indices: int32 ``[B, H, Qb, Kb]``, ascending; slots past ``counts`` hold -1.
 
     Raises:
-        ContractError: on mismatched shapes, both or neither rule, or (on CPU, where looking is free) a NaN, infinite or negative
-            score.
+        ContractError: on mismatched shapes, both or neither rule, and (on CPU, where looking is free) a NaN, infinite or negative
+            score or a threshold outside [0, 1]. The CUDA backend keeps every reachable block of such a row or head instead.
     """
     batch, heads, q_blocks, k_blocks = score.shape
     looked = score.device.type != "cpu" or bool(((score >= 0) & (score < float("inf"))).all())
@@ -137,4 +137,13 @@ def _lists(score, *rest):
     return score.new_empty(score.shape[:3], dtype=torch.int32), score.new_empty(score.shape, dtype=torch.int32)
 
 
+# their keys are what a thread block's shared memory holds, 96 of 99 KiB
+_MOST_BLOCKS = 24576
+
+
+def _needs_room(score, *rest):
+    return None if score.shape[3] <= _MOST_BLOCKS else f"needs at most {_MOST_BLOCKS} key blocks, got {score.shape[3]}"
+
+
+cuda.add(select_blocks, _lists, _needs_room)
 native.add(select_blocks, _lists)

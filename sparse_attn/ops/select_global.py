@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .contract import require_blocks, require_span
 from .registry import op
 from .spans import reach, spans
@@ -51,7 +51,8 @@ def select_global(
         indices: int32 ``[B, H, Qb, Kb]``, ascending; slots past ``counts`` hold -1.
 
     Raises:
-        ContractError: on mismatched shapes, an unknown scope, or (on CPU) a NaN, infinite or negative score.
+        ContractError: on mismatched shapes, an unknown scope, and (on CPU, where looking is free) a NaN, infinite or negative score
+            or a threshold outside [0, 1]. The CUDA backend keeps every reachable pair under such a budget instead.
     """
     batch, heads, q_blocks, k_blocks = score.shape
     if score.device.type == "cpu":
@@ -104,4 +105,24 @@ def _refuses(isa, score, threshold, scope, *rest):
     return None if pairs < 2**32 else f"needs fewer than 2^32 pairs of blocks under one budget, got {pairs}"
 
 
+_STATE_BYTES = 32
+_BLOCKS = 8  # of threads, that a multiprocessor holds
+
+
+def _few_pools(score, *rest):
+    pools = score.shape[0] * score.shape[1]
+    return None if pools < 2**16 else f"needs fewer than 2^16 heads of all batch rows together, got {pools}"
+
+
+def _notes(processors, score, threshold, scope, *rest):
+    """Partial sums of mass and partial maxima, what is known of each pool, and ties of each row."""
+    batch, heads, q_blocks, _ = score.shape
+    pools, rows = (batch, heads * q_blocks) if scope == "all" else (batch * heads, q_blocks)
+    parts = max(1, min(rows, -(-_BLOCKS * processors // max(1, pools))))
+    sizes = (((2, pools, parts), torch.float64), ((pools, parts), torch.int32), ((2 * pools * _STATE_BYTES,), torch.uint8),
+             ((pools * rows,), torch.int32))
+    return tuple(score.new_empty(size, dtype=dtype) for size, dtype in sizes)
+
+
+cuda.add(select_global, _lists, _few_pools, _notes)
 native.add(select_global, _lists, _refuses)

@@ -65,7 +65,8 @@ def processors(device: torch.device) -> int:
 
 def why_not(*args) -> str | None:
     """What keeps Triton from any op with these arguments; the first of them has the dtype of the products."""
-    refusal = (misplaced("cpu", args, "CPU tensors under TRITON_INTERPRET=1") if interpreted() else misplaced("cuda", args)) or missing()
+    kind, needs = ("cpu", "CPU tensors under TRITON_INTERPRET=1") if interpreted() else ("cuda", None)
+    refusal = misplaced(kind, args, needs) or missing()
     if refusal is not None:
         return refusal
     if interpreted():
