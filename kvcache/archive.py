@@ -156,11 +156,12 @@ class Archive:
             self._begin(store, n)
         rows = store.rows_of(store.starts, n * self.page)
         count = len(rows) // self.page
-        k, v, positions = (t[rows].reshape(count, -1).cpu() for t in (store.k, store.v, store.positions))
+        going = (store.v, store.positions, *([] if self._fitted else [store.k]))
+        v, positions, *k = (t[rows].reshape(count, -1).cpu() for t in going)
         self._at.grow(int((self.pages + n).max()))
         values = self._values.write(v)
         try:
-            keys = None if self._fitted else self._keys.write(k)
+            keys = None if self._fitted else self._keys.write(*k)
             if self._fitted:
                 self._append_factors(store, n)
         except Exception:

@@ -1,7 +1,7 @@
 """How pages of one layer come to its slots on the device: through the host, or read by the device itself.
 
-Both know which slot has which page, by the same rule (``kvcache.tiers.Slots``), and both begin a read and return fences. What differs is where
-the numbers are: on the host, which then has to know what the device chose; or on the device, which then asks nobody.
+Both know which slot has which page, by the same rule (``kvcache.tiers.Slots``), and both begin a read and return fences. What differs is
+where the numbers are: on the host, which then has to know what the device chose; or on the device, which then asks nobody.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class Direct:
                 new = torch.full_like(ids[:, :, first:last], -1)
                 here = (ids[:, :, first:last] >= 0) & (torch.arange(first, last) < pages[..., None])
                 new[here] = pool.rows(ids[:, :, first:last][here])
-                room = rows if rows.shape[2] >= last else torch.cat([rows, rows.new_full((*rows.shape[:2], ids.shape[2] - rows.shape[2]), -1)], 2)
+                more = ids.shape[2] - rows.shape[2] if rows.shape[2] < last else 0
+                room = torch.cat([rows, rows.new_full((*rows.shape[:2], more), -1)], 2) if more else rows
                 room[:, :, first:last] = new.to(rows.device, non_blocking=True)
                 wider.append(room)
         self._rows, self._known = wider, pages.clone()

@@ -114,7 +114,8 @@ def test_an_archive_beside_plain_lists(data):
         here = archive.pages.tolist()
         if step in ("fetch", "forgotten"):
             m = data.draw(st.integers(1, 5))
-            chosen = torch.tensor([[(data.draw(st.permutations(range(-2, n)))[:m] + [-1] * m)[:m] for n in row] for row in here]).clamp(min=-1).int()
+            draw = [[(data.draw(st.permutations(range(-2, n)))[:m] + [-1] * m)[:m] for n in row] for row in here]
+            chosen = torch.tensor(draw).clamp(min=-1).int()
             coming = archive.fetch(chosen)
             fetches += 1
             if step == "forgotten":
@@ -340,7 +341,8 @@ def test_pages_that_could_not_leave_are_still_there(monkeypatch, codec, left):
     for b in range(2):
         for h, row in enumerate([[3, 70], [0, 5]]):
             assert region.v[region.starts[b, h], 0].tolist() == [held[b][4 * p] for p in row]
-            torch.testing.assert_close(region.k[region.starts[b, h], 0], torch.tensor([held[b][4 * p] for p in row]).float(), rtol=1e-3, atol=1e-2)
+            keys = torch.tensor([held[b][4 * p] for p in row]).float()
+            torch.testing.assert_close(region.k[region.starts[b, h], 0], keys, rtol=1e-3, atol=1e-2)
 
 
 def test_keys_that_could_not_become_factors_are_still_keys(monkeypatch):

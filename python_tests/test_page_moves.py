@@ -55,7 +55,8 @@ def test_many_slots_are_placed_alike(backend):
 @st.composite
 def gather_cases(draw) -> tuple:
     """Rows of some width, aligned or not; entries in any order and shape, some without a source."""
-    n, m, width, dtype = draw(st.integers(1, 9)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 16, 64, 100, 1280])), draw(st.sampled_from(DTYPES))
+    n, m = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    width, dtype = draw(st.sampled_from([1, 3, 16, 64, 100, 1280])), draw(st.sampled_from(DTYPES))
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     shift = draw(st.sampled_from([0, 1]))
     made = [torch.randint(0, 100, (shift + rows * width,), generator=g).to(dtype)[shift:].view(rows, width) for rows in (m, n)]

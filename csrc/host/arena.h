@@ -7,7 +7,8 @@
 
 namespace sparse_attn_host {
 
-// C functions that return 0 for success. Those of CUDA know no size to unlock, those of the system no flags; both leave such an argument alone.
+// C functions that return 0 for success. Those of CUDA know no size to unlock, those of the system no flags; both leave such an
+// argument alone.
 struct Locks {
   int (*lock)(void* base, size_t bytes, unsigned flags) = nullptr;
   int (*unlock)(void* base, size_t bytes) = nullptr;

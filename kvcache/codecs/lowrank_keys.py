@@ -211,8 +211,8 @@ class KeyFactors:
         """Write the keys of some pages, rotated.
 
         Args:
-            pages: int32 ``[B, Hkv, m]`` numbers, counted from each sequence's first token; -1 for none. On the host, or where the factors are,
-                which is then not asked what they are.
+            pages: int32 ``[B, Hkv, m]`` numbers, counted from each sequence's first token; -1 for none. On the host, or where the
+                factors are, which is then not asked what they are.
             page: tokens of a page.
             out: ``[S, D]``, contiguous.
             targets: int64 ``[B, Hkv, m]`` row of ``out`` where the first key of each page goes.

@@ -67,7 +67,8 @@ class Pools:
         """
         require(isinstance(page_bytes, int) and page_bytes >= 1, f"page_bytes={page_bytes!r} must be 1 or more")
         if page_bytes not in self._pools:
-            locks = (pin.lock, pin.unlock) if pin is not None and self._backend is _host and Disk not in map(type, self.tiers) else ()
+            of_use = pin is not None and self._backend is _host and Disk not in map(type, self.tiers)
+            locks = (pin.lock, pin.unlock) if of_use else ()
             # of two threads that come first at once, one gets the other's
             self._pools.setdefault(page_bytes, Pool(self._backend.Pool(self._engine, page_bytes, *locks), page_bytes, bool(locks)))
         return self._pools[page_bytes]
@@ -75,7 +76,8 @@ class Pools:
     def counts(self) -> dict:
         """Of all pools: ``host`` and ``disk`` with ``pages``, ``bytes``, ``peak_bytes`` and ``read_bytes``, and pages ``moved`` down so far.
 
-        Bytes of the disk are those of its file, where each page is rounded up to 4 KiB. What a GPU reads itself is not in ``read_bytes``.
+        Bytes of the disk are those of its file, where each page is rounded up to 4 KiB. What a GPU reads itself is not in
+        ``read_bytes``.
         """
         return self._engine.counts()
 
@@ -106,8 +108,8 @@ class Pool:
         refusal = self._pool.refusal()
         if refusal:
             why = "has no addresses left" if refusal < 0 else f"refused with error {refusal}"
-            warn_once(f"the system {why} when host memory of the cache was to be page-locked, so that its pages pass through the host on their "
-                      "way to the GPU, which is slower; raise the limit (ulimit -l, -v), or give the host tier fewer bytes")
+            warn_once(f"the system {why} when host memory of the cache was to be page-locked, so that its pages pass through the host on "
+                      "their way to the GPU, which is slower; raise the limit (ulimit -l, -v), or give the host tier fewer bytes")
             self._locked = False
             return None
         return torch.from_numpy(self._pool.array())

@@ -1,4 +1,4 @@
-"""Work that runs beside the computation of a device, the events that order the two, and memory of the host that the device can read."""
+"""Work that runs beside what a device computes, the events that order the two, and memory of the host that the device can read."""
 
 from __future__ import annotations
 
@@ -137,5 +137,6 @@ def _cuda_pin(device: torch.device) -> Pin | None:
         runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")  # the one that torch has loaded
         found = ctypes.c_int(0)
         if runtime.cudaDeviceGetAttribute(ctypes.byref(found), _SAME_ADDRESS, device.index or 0) == 0 and found.value:
-            return Pin(*(ctypes.cast(call, ctypes.c_void_p).value for call in (runtime.cudaHostRegister, runtime.cudaHostUnregister)))
+            calls = (runtime.cudaHostRegister, runtime.cudaHostUnregister)
+            return Pin(*(ctypes.cast(call, ctypes.c_void_p).value for call in calls))
     return None

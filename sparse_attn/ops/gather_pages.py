@@ -41,8 +41,9 @@ def gather_pages(rows: Tensor, pages: Tensor, sources: Tensor, targets: Tensor) 
 @gather_pages.check
 def _(rows, pages, sources, targets):
     for name, t in (("rows", rows), ("pages", pages)):
-        require(t.dim() == 2 and t.is_contiguous(), f"{name} must be contiguous, one page per row [n, W], got {list(t.shape)} with strides "
-                f"{list(t.stride())}; pass a view of the tensor that owns the memory")
+        require(t.dim() == 2 and t.is_contiguous(),
+                f"{name} must be contiguous, one page per row [n, W], got {list(t.shape)} with strides {list(t.stride())}; pass a view of "
+                "the tensor that owns the memory")
     require(pages.dtype == rows.dtype and pages.shape[1] == rows.shape[1],
             f"pages are {pages.dtype} {list(pages.shape)} and rows {rows.dtype} {list(rows.shape)}; dtype and width must be the same")
     require(pages.device in (rows.device, torch.device("cpu")),

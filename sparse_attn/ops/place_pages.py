@@ -41,7 +41,8 @@ def place_pages(held: Tensor, order: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
     slots = hits.to(torch.int8).argmax(2).where(there, free.gather(1, (new.cumsum(1) - 1).clamp(min=0)))
     slots = slots.gather(1, first.clamp(max=max(ids.shape[1] - 1, 0)))  # named twice: as the first time
     _scatter(held, slots, new, ids)
-    age = torch.empty_like(order).scatter_(1, order.long(), torch.arange(n_slots, dtype=torch.int32, device=ids.device).expand_as(order))
+    place = torch.arange(n_slots, dtype=torch.int32, device=ids.device)
+    age = torch.empty_like(order).scatter_(1, order.long(), place.expand_as(order))
     _scatter(age, slots, named, (n_slots + position).int().expand_as(ids))
     order.copy_(age.argsort(1))
     return slots.where(wanted, -1).int(), new
