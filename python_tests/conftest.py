@@ -29,13 +29,15 @@ def op_backends(*op_names: str):
 
 
 def skip_unless(op, backend: str, *args, **kwargs) -> None:
-    """Skip with the backend's own sentence where the machine lacks it; pass over generated arguments that it refuses."""
+    """Skip with the backend's own sentence; of generated arguments only those that it refuses, unless the machine lacks it."""
     refusal = op.explain(*args, **kwargs).get(backend, "this op has no such backend")
     if refusal is None:
         return
     machine = [op.explain(*plain_args(op.name, dtype)).get(backend, refusal) for dtype in DTYPES]
     if all(sentence is not None for sentence in machine):
         pytest.skip(f"{backend}: {machine[0]}")
+    if not hypothesis.currently_in_test_context():
+        pytest.skip(f"{backend}: {refusal}")
     hypothesis.reject()
 
 

@@ -13,11 +13,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_lowrank_op
+import test_paged_attention
 import torch
 from rows import most, plain_args, share
 
 from sparse_attn.errors import NoBackendError
-from sparse_attn.ops import OPS, cuda, gather_pages, keep_top, move_rows, native, select_blocks, select_global, use_backend
+from sparse_attn.ops import (OPS, cuda, gather_pages, keep_top, lowrank_keys, move_rows, native, select_blocks, select_global,
+                             use_backend)
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("cuda_table.json")
@@ -118,6 +121,42 @@ def test_an_entry_that_names_no_page_or_no_row_gathers_nothing():
     with use_backend("cuda_emulated"):
         gather_pages(rows, torch.ones(2, 5), torch.tensor([0, 2, 1, 0]), torch.tensor([-1, 0, 2, 3]))
     assert rows.sum(1).tolist() == [0, 0, 5]
+
+
+@emulated
+@pytest.mark.parametrize(("start", "count"), [(-1, 2), (28, 5), (0, -1), (2**40, 1), (0, 2**30)])
+@pytest.mark.parametrize("pages", [1, 4])
+def test_a_page_outside_the_store_is_attended_as_if_it_were_empty(start, count, pages):
+    case = test_paged_attention.flat_case([20, 5], pages=pages)
+    case["starts"][0, 1, -1], case["counts"][0, 1, -1] = start, count
+    empty = case | {"counts": case["counts"].clone()}
+    empty["counts"][0, 1, -1] = 0
+    with_it, without = (test_paged_attention.run("cuda_emulated", one) for one in (case, empty))
+    assert torch.equal(with_it[0], without[0]) and torch.equal(with_it[1], without[1])
+
+
+@emulated
+@pytest.mark.parametrize("changes", [
+    dict(starts=torch.tensor([[[0, 3], [6, 8]]])), dict(starts=torch.tensor([[[0, 3], [6, -1]]])),
+    dict(counts=torch.tensor([[[3, 3], [1, -3]]]).int()), dict(targets=torch.tensor([[[0, 3], [6, 18]]])),
+])  # fmt: skip
+def test_a_page_outside_factors_or_rows_is_not_rebuilt(changes):
+    args, want = test_lowrank_op.plain(**changes), torch.zeros(20, 8)
+    want[:7] = 4
+    with use_backend("cuda_emulated"):
+        lowrank_keys(*args)
+    assert torch.equal(args[0].count_nonzero(1), want.count_nonzero(1))
+
+
+@emulated
+@pytest.mark.parametrize("positions", [torch.arange(1, 11), torch.arange(-1, 9)])
+def test_a_token_whose_position_no_table_has_is_not_rebuilt(positions):
+    args = test_lowrank_op.plain(positions=positions.int())
+    with use_backend("cuda_emulated"):
+        lowrank_keys(*args)
+    source = torch.tensor([0, 1, 2, 3, 4, 5, 6, *[-1] * 10, 7, 8, 9])  # of each row
+    there = (source >= 0) & (positions[source] >= 0) & (positions[source] < 10)
+    assert torch.equal(args[0].any(1), there)
 
 
 GEOMETRY = dict(block_q=1, block_k=1, n_q=4, n_k=4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, skip_unless, skip_unless_it_looks
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -144,6 +144,7 @@ def test_bad_input_gets_a_sentence(changes, sentence):
     (dict(positions=torch.arange(-1, 9).int()), "a position lies outside the 10 that far and near tell of"),
 ])  # fmt: skip
 def test_bad_values_get_a_sentence_from_every_backend_and_nothing_is_written(backend, changes, sentence):
+    skip_unless_it_looks(backend)
     args = plain(**changes)
     skip_unless(lowrank_keys, backend, *args)
     with use_backend(backend), pytest.raises(ContractError, match=sentence):

@@ -78,7 +78,9 @@ STABLE_TORCH_LIBRARY(SA_LIBRARY, m) {
   // one line per op, from here on
   SA_SERVE(gather_pages);
   SA_SERVE(keep_top);
+  SA_SERVE(lowrank_keys);
   SA_SERVE(move_rows);
+  SA_SERVE(paged_attention);
   SA_SERVE(place_pages);
   SA_SERVE(select_blocks);
   SA_SERVE(select_global);

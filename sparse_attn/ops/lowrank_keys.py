@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .contract import DTYPES
 from .registry import op
+from .triton import frame
 
 
 def turned(x: Tensor, turns: Tensor, interleaved: bool) -> Tensor:
@@ -66,7 +67,7 @@ def lowrank_keys(
 
     Raises:
         ContractError: on mismatched shapes or dtypes, or (on CPU) a page outside ``factors`` or ``rows``, or a position outside the
-            tables. Nothing was written then.
+            tables. Nothing was written then. The backend cuda leaves out such pages and such tokens.
     """
     wide = torch.promote_types(factors.dtype, torch.float32)
     token = torch.arange(int(counts.max()) if counts.numel() else 0, device=counts.device)
@@ -114,4 +115,14 @@ def _nothing(*args):
     return None
 
 
+def _cuda_needs(rows, *rest):
+    return native.needs_dtype(rows) or frame.needs_width(rows)
+
+
+def _ends(processors, rows, factors, basis, starts, *rest):
+    """Room for where the pages of a list end in it."""
+    return (torch.empty_like(starts, memory_format=torch.contiguous_format),)
+
+
+cuda.add(lowrank_keys, _nothing, _cuda_needs, _ends)
 native.add(lowrank_keys, _nothing, lambda isa, rows, *rest: native.needs_dtype(rows))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import native
+from . import cuda, native
 from .attend import attend, empty_outputs
 from .contract import DTYPES
 from .registry import op
@@ -70,7 +70,8 @@ def paged_attention(
             included; -inf for padding rows, and without a sink for rows that see nothing.
 
     Raises:
-        ContractError: on mismatched shapes or dtypes, k or v strided in the last dimension, or (on CPU) a page outside the store.
+        ContractError: on mismatched shapes or dtypes, k or v strided in the last dimension, or (on CPU) a page outside the store,
+            which the backend cuda leaves out.
     """
     (batch, heads, n_q, _), kv_heads = q.shape, starts.shape[1]
     _require_stored(starts, counts, k.shape[0])
@@ -133,5 +134,25 @@ def _needs(isa, q, k, v, *rest):
     return native.needs_dtype(q) or (f"needs rows of 16 channels or more, got {narrow}" if narrow < 16 else None)
 
 
+_CUDA_QUERIES, _CUDA_ROWS = 8, 128  # csrc/cuda/paged_attention.cu: what it keeps up with, and the shortest part
+
+
+def _cuda_needs(q, k, v, starts, *rest):
+    queries = q.shape[1] // starts.shape[1] * q.shape[2]
+    if queries > _CUDA_QUERIES:
+        return f"needs at most {_CUDA_QUERIES} queries times heads of a group, got {queries}"
+    return native.needs_dtype(q) or frame.needs_width(q, k, v)
+
+
+def _cuda_work(processors, q, k, v, starts, counts, *rest):
+    """Room for where pages end, and for what each part finds: as many parts as fill every multiprocessor with 2 or 3 blocks."""
+    queries, rows, lists = q.shape[1] // starts.shape[1] * q.shape[2], q.shape[:3].numel(), starts.shape[:2].numel()
+    blocks = processors * (3 if queries <= _CUDA_QUERIES // 2 else 2)
+    parts = max(1, min(blocks // max(1, lists), -(-k.shape[0] // _CUDA_ROWS)))
+    ends = torch.empty_like(starts, memory_format=torch.contiguous_format)
+    return ends, *(q.new_empty(parts, rows, width, dtype=torch.float32) for width in (v.shape[1], 2))
+
+
+cuda.add(paged_attention, _outputs, _cuda_needs, _cuda_work)
 native.add(paged_attention, _outputs, _needs)
 frame.add(paged_attention, _outputs, frame.needs_width)

@@ -113,7 +113,7 @@ def run(out, q, k, block_q, block_k, stride, scale, q_start, causal, window, alt
     """As ``sparse_attn.ops.antidiagonal_score``."""
     (batch, heads, n_q, dim), n_k = q.shape, k.shape[2]
     q_blocks, k_blocks = out.shape[2:]
-    config = dict(FLOAT32 if q.dtype == torch.float32 else frame.pinned(CONFIGS, q.device))
+    config = dict(FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS, q.device))
     per_q, per_k = block_q // stride, block_k // stride
     config["COLUMNS"] = max(config["COLUMNS"], frame.power(per_k))
     wide = frame.power(per_k, 1)

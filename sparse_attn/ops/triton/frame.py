@@ -111,6 +111,11 @@ def needs_width(*tensors) -> str | None:
     return f"needs at most {WIDEST} channels, got {widest}" if widest > WIDEST else None
 
 
+def unrolled(tensor: Tensor) -> bool:
+    """Whether products take no matrix instruction: they are unrolled over the channels and spill where tiles are large."""
+    return tensor.dtype == torch.float32 and not interpreted()
+
+
 def pinned(table: dict[int, dict[str, int]], device: torch.device) -> dict[str, int]:
     """The configuration for a device: that of the newest architecture in the table that is not newer than the device."""
     return table[max(known for known in table if known <= arch(device))]

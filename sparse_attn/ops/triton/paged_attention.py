@@ -131,7 +131,8 @@ def run(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tenso
     frame.launch(attend, (blocks * parts, batch * kv_heads), q, k, v, starts.contiguous(), counts.cumsum(2), sinks, q_first, q_last,
                  bias, outs, lses, n_q, parts, float(scale), float(softcap), *q.stride(), k.stride(0), v.stride(0),
                  KV_HEADS=kv_heads, GROUP=group, N_PAGES=n_pages, STEPS=(n_pages - 1).bit_length(), CAUSAL=causal,
-                 CAPPED=softcap > 0, DIM=dim, WIDTH=frame.power(dim), VALUE_DIM=value_dim, VALUE_WIDTH=frame.power(value_dim), **config)
+                 CAPPED=softcap > 0, DIM=dim, WIDTH=frame.power(dim), VALUE_DIM=value_dim,
+                 VALUE_WIDTH=frame.power(value_dim), **config)
     if parts > 1:
         frame.launch(join, (n_rows,), outs, lses, out, lse, parts, n_q, n_heads, n_rows, PARTS=frame.power(parts, 1),
                      VALUE_DIM=value_dim, VALUE_WIDTH=frame.power(value_dim), **frame.pinned(JOINS, q.device))

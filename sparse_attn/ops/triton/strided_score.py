@@ -147,7 +147,7 @@ def run(out: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int, stride: i
     """As ``sparse_attn.ops.strided_score``."""
     (batch, heads, n_q, dim), n_k, (q_blocks, k_blocks) = q.shape, k.shape[2], out.shape[2:]
     width, step, per_q, per_k = frame.power(dim), stride if rotate else 1, block_q // stride, block_k // stride
-    config = FLOAT32 if q.dtype == torch.float32 else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device)
+    config = FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device)
     in_class = triton.cdiv(q_blocks, step)
     n_sums = in_class * per_q
     lse = torch.empty(batch * heads, step, n_sums, dtype=torch.float32, device=q.device)

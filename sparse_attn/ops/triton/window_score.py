@@ -166,7 +166,7 @@ def run(by_key: Tensor, by_distance: Tensor, q: Tensor, k: Tensor, rows: Tensor,
     """As ``sparse_attn.ops.window_score``."""
     (batch, heads, n_q, dim), n_k, n_probes = q.shape, k.shape[2], rows.shape[1]
     width = frame.power(dim)
-    config = dict(FLOAT32 if q.dtype == torch.float32 else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device))
+    config = dict(FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device))
     config["ROWS"] = min(config["ROWS"], frame.power(n_probes))
     tiles = triton.cdiv(n_probes, config["ROWS"])
     parts = parts_of(tiles * batch * heads, n_k, config["KEYS"], q.device)
