@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,9 +317,8 @@ def same(one: tuple[Launch, int], other: tuple[Launch, int]) -> bool:
 
 
 def built(wanted: dict[str, tuple[Launch, int]]) -> dict[str, dict]:
-    """Rows of the table, compiled side by side: Triton lets go of the interpreter lock where it takes long."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(wanted, pool.map(lambda pair: pair[0].compiled(pair[1]), wanted.values())))
+    """Rows of the table."""
+    return {name: launch.compiled(arch) for name, (launch, arch) in wanted.items()}
 
 
 @here
