@@ -21,7 +21,7 @@ namespace {
 constexpr int kMaxHeads = 4;
 constexpr int64_t kEnoughTasks = 16;  // below this, groups of heads are divided
 // bytes a thread keeps at most, but for kFewRows, with which packing the keys costs as much as a quarter of the products
-constexpr int64_t kKept = int64_t(4) << 20, kFewRows = 32;
+constexpr int64_t kKept = int64_t(8) << 20, kFewRows = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
