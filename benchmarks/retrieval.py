@@ -192,7 +192,7 @@ def answer_within(cache: str, length: int, times: int, folder: str, threads: int
             return kvcache.make_cache(model, decode=cache, budget=2048, dense_layers=(), tiers=("device", {"name": "disk", "folder": folder}))
 
         made = make()  # what only first calls take, threads' stacks included
-        for piece in [*ids[:, : 4 * chunk].split(chunk, 1), ids[:, :1]]:
+        for piece in [*ids[:, : 8 * chunk].split(chunk, 1), ids[:, :1]]:  # more than the budget, so that pages leave
             model(input_ids=piece, past_key_values=made, logits_to_keep=1)
         del made
         status = {line.split(":")[0]: line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")}
