@@ -259,7 +259,6 @@ class CacheLayer:
             self.reset()
         elif self.n_columns > columns:
             self.crop(self.n_columns - columns)
-        self._unread = 0
 
     def settle(self, n: int) -> None:
         """Do what waits for the next forward, over ``n`` tokens; a single one is taken for the first generated token."""
@@ -452,6 +451,7 @@ class CacheLayer:
         if n:
             self.store.drop(torch.full_like(self.n_seen, n))
             self.n_seen, self.n_columns = self.n_seen - n, self.n_columns - n
+            self._unread = max(0, self._unread - n)
             self._follow()
             self._forget_queries(n - self._appended if self._held else n)
         if self._held:

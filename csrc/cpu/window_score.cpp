@@ -2,10 +2,10 @@
 // one row, read backwards, are consecutive distances.
 //
 // One product: as tiles of keys pass, each row keeps 2^(logit - its maximum so far), lane by lane, and that maximum once per tile.
-// When the keys have passed its sum is known, and a factor per tile makes probabilities of them. Rows go together as far as what they
-// keep fits kKept, so a long context divides the rows, each part of which packs the keys again. Computing the logits a second time
-// instead took 1.7 times as long at 16K. A task owns the outputs of its heads and adds rows in order, and a row's own sums start at
-// fixed keys: neither threads, nor neighbours, nor the future change a bit.
+// When the keys have passed its sum is known, and a factor per tile makes probabilities of them. Rows go together as far as
+// what they keep fits kKept, so a long context divides the rows, each part of which packs the keys again. A task owns the
+// outputs of its heads and adds rows in order, and a row's own sums start at fixed keys: neither threads, nor neighbours, nor
+// the future change a bit.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kMaxHeads = 4;
 constexpr int64_t kEnoughTasks = 16;  // below this, groups of heads are divided
-// bytes a thread keeps at most, but for kFewRows, with which packing the keys costs as much as a quarter of the products
+// bytes a thread keeps at most, unless for kFewRows: each part of the rows packs the keys anew
 constexpr int64_t kKept = int64_t(8) << 20, kFewRows = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

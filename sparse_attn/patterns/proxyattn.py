@@ -74,7 +74,7 @@ class ProxyAttn:
 
 
 def _mean_heads(x: Tensor, groups: int) -> Tensor:
-    """``[B, groups, N, D]``: mean over the heads of each group; head by head, a quarter of the time of ``mean``."""
+    """``[B, groups, N, D]``: mean over the heads of each group; head by head, whose sum fits a cache."""
     x = x.unflatten(1, (groups, -1))
     total = x[:, :, 0].to(torch.promote_types(x.dtype, torch.float32), copy=True)
     for head in range(1, x.shape[2]):

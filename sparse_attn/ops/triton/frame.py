@@ -25,6 +25,12 @@ from ..registry import Op
 OLDEST = (3, 6)
 OLDEST_ARCH = 80
 WIDEST = 256  # channels of a row
+# few queries against tiles of keys, both of more than 128 channels
+WIDE_PROBES = {
+    80: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
+    90: dict(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
+    120: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
+}  # fmt: skip
 # the default differs between 3.6 and 3.9
 OPTIONS = dict(enable_fp_fusion=True)
 # a stand-in for a GPU's: few, so that tests meet every loop

@@ -18,11 +18,6 @@ CONFIGS = {
     90: dict(ROWS=128, KEYS=64, num_warps=8, num_stages=2),
     120: dict(ROWS=64, KEYS=64, num_warps=4, num_stages=2),  # shared memory as sm_86
 }  # fmt: skip
-WIDE_CONFIGS = {  # more than 128 channels
-    80: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
-    90: dict(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
-    120: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
-}  # fmt: skip
 FLOAT32 = dict(ROWS=32, KEYS=32, num_warps=4, num_stages=1)
 _NUMBERS = ["n_q", "n_k", "q_start", "window", "heads", "group", "n_sums", "k_blocks", "q_blocks"]
 
@@ -147,7 +142,7 @@ def run(out: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int, stride: i
     """As ``sparse_attn.ops.strided_score``."""
     (batch, heads, n_q, dim), n_k, (q_blocks, k_blocks) = q.shape, k.shape[2], out.shape[2:]
     width, step, per_q, per_k = frame.power(dim), stride if rotate else 1, block_q // stride, block_k // stride
-    config = FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device)
+    config = FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else frame.WIDE_PROBES, q.device)
     in_class = triton.cdiv(q_blocks, step)
     n_sums = in_class * per_q
     lse = torch.empty(batch * heads, step, n_sums, dtype=torch.float32, device=q.device)

@@ -21,11 +21,6 @@ CONFIGS = {
     90: dict(ROWS=64, KEYS=128, num_warps=8, num_stages=2),
     120: dict(ROWS=64, KEYS=64, num_warps=4, num_stages=2),  # shared memory as sm_86
 }  # fmt: skip
-WIDE_CONFIGS = {  # more than 128 channels
-    80: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
-    90: dict(ROWS=64, KEYS=64, num_warps=8, num_stages=2),
-    120: dict(ROWS=32, KEYS=32, num_warps=4, num_stages=2),
-}  # fmt: skip
 FLOAT32 = dict(ROWS=16, KEYS=32, num_warps=4, num_stages=1)
 _NUMBERS = ["n_q", "n_k", "q_start", "window", "heads", "group", "n_probes", "n_parts", "tiles"]
 
@@ -166,7 +161,7 @@ def run(by_key: Tensor, by_distance: Tensor, q: Tensor, k: Tensor, rows: Tensor,
     """As ``sparse_attn.ops.window_score``."""
     (batch, heads, n_q, dim), n_k, n_probes = q.shape, k.shape[2], rows.shape[1]
     width = frame.power(dim)
-    config = dict(FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else WIDE_CONFIGS, q.device))
+    config = dict(FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else frame.WIDE_PROBES, q.device))
     config["ROWS"] = min(config["ROWS"], frame.power(n_probes))
     tiles = triton.cdiv(n_probes, config["ROWS"])
     parts = parts_of(tiles * batch * heads, n_k, config["KEYS"], q.device)
