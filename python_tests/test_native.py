@@ -206,13 +206,13 @@ def test_every_op_has_a_backend_per_instruction_set_best_first():
 
 def test_a_library_that_is_missing_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native._load.cache_clear()
+    native.load.cache_clear()
     native.why_not.cache_clear()
     try:
         assert native.why_not("avx2") == "the generic library was not built; reinstall with a C++ compiler and SPARSE_ATTN_BUILD unset"
         assert native.available() == []
     finally:
-        native._load.cache_clear()
+        native.load.cache_clear()
         native.why_not.cache_clear()
 
 

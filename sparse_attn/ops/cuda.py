@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContractError, NoBackendError
-from .native import FOLDER, misplaced
+from .native import FOLDER, load, misplaced
 from .registry import Op
 
 OLDEST_ARCH = 80
@@ -26,17 +26,8 @@ OLDEST_ARCH = 80
 _EMULATED_PROCESSORS = 4
 
 
-@functools.cache
 def _load(name: str) -> str | None:
-    """Load a library once; None, or why it cannot be used."""
-    path = FOLDER / f"{name}.so"
-    if not path.exists():
-        return f"the {name} library was not built; reinstall with nvcc in PATH and SPARSE_ATTN_BUILD=default,cuda"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"the {name} library does not load ({error}); reinstall against torch {torch.__version__}"
-    return None
+    return load(name, name, "reinstall with nvcc in PATH and SPARSE_ATTN_BUILD=default,cuda")
 
 
 @functools.cache

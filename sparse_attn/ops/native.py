@@ -22,16 +22,20 @@ TEST_ISAS = ("amx_emulated",)  # the AMX kernels on emulated tiles: right but sl
 
 
 @functools.cache
-def _load(isa: str) -> str | None:
-    """Load a library once; None, or why it cannot be used."""
-    path = FOLDER / f"cpu_{isa}.so"
+def load(file: str, name: str, remedy: str) -> str | None:
+    """Load ``_native/<file>.so`` once; None, or why the library ``name`` cannot be used."""
+    path = FOLDER / f"{file}.so"
     if not path.exists():
-        return f"the {isa} library was not built; reinstall with a C++ compiler and SPARSE_ATTN_BUILD unset"
+        return f"the {name} library was not built; {remedy}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the {isa} library does not load ({error}); reinstall against torch {torch.__version__}"
+        return f"the {name} library does not load ({error}); reinstall against torch {torch.__version__}"
     return None
+
+
+def _load(isa: str) -> str | None:
+    return load(f"cpu_{isa}", isa, "reinstall with a C++ compiler and SPARSE_ATTN_BUILD unset")
 
 
 @functools.cache
