@@ -87,7 +87,7 @@ def markdown(rows: Iterable[Row]) -> str:
     summed = summary(rows)
     for length in dict.fromkeys(row["length"] for row in summed):
         here = [row for row in summed if row["length"] == length]
-        tasks = list(dict.fromkeys(task for row in here for task in row["accuracy"]))
+        tasks = [task for task in TASKS if any(task in row["accuracy"] for row in here)]
         head = ["method", *tasks, "density", "attention", "prefill"]
         lines += [f"{length} tokens", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in here:
