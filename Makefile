@@ -9,7 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # with the system's packages the pins would replace its torch
 PINS := $(if $(findstring system-site-packages,$(VENV_FLAGS)),,-c constraints.txt)
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $(PINS)
+# what is imported is compiled then, which is little of it
+PIP := $(PY) -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS) $(PINS)
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 BUILD = $(PY) setup.py --quiet build_ext --inplace
 INSTALLED := $(VENV)/.installed

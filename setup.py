@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -277,12 +278,13 @@ class BuildLibraries(build_ext):
             self.extensions = [ext for ext in self.extensions if ext.name != HOST]
 
     def call(self, command, what):
+        start = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
         if done.stderr.strip():
             print(done.stderr, file=sys.stderr)
         if done.returncode:
             sys.exit(f"compiling {what} failed: {' '.join(command)}")
-        say(f"compiled {what}")
+        say(f"compiled {what} in {time.monotonic() - start:.0f} s")
 
 
 def library_name(isa):

@@ -210,13 +210,13 @@ def _score_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
 
 def _window_calls(shape: Shape, args: argparse.Namespace) -> Iterator[Entry]:
     q, k, _ = shape.tensors
-    for of in ("last", "tails"):
+    for of, by in (("last", 1), ("tails", 1), ("tails by block", shape.block)):
         rows = probe_rows(shape, of)
-        call_args = q, k, rows, shape.scale
+        call_args = q, k, rows, shape.scale, 0, True, 0, 0.0, None, None, by
         fields = {"of": of, "probes": rows.shape[1], "rms_error": probe_error(shape, "window_score", call_args[2:]),
                   "backend": OPS["window_score"].chosen(*call_args)}
-        # two passes, each a dot product per visible pair
-        flop = 4.0 * shape.heads * shape.head_dim * float((rows + 1).sum())
+        # a dot product per visible pair
+        flop = 2.0 * shape.heads * shape.head_dim * float((rows + 1).sum())
         yield Entry("window_score", functools.partial(ops.window_score, *call_args), fields, flop, baselines(shape, args))
 
 

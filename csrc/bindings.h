@@ -29,15 +29,14 @@ SA_SCHEMA(antidiagonal_score,
 
 SA_SCHEMA(window_score,
           "Tensor(a!) columns, Tensor(b!) diagonals, Tensor q, Tensor k, Tensor rows, float scale, int q_start, "
-          "bool causal, int window, float softcap, Tensor? first, Tensor? last")
+          "bool causal, int window, float softcap, Tensor? first, Tensor? last, int block")
 [[maybe_unused]] void run_window_score(const Where& where, Tensor columns, Tensor diagonals, Tensor q, Tensor k, Tensor rows,
                                        double scale, int64_t q_start, bool causal, int64_t window, double softcap,
-                                       OptionalTensor first, OptionalTensor last) {
+                                       OptionalTensor first, OptionalTensor last, int64_t block) {
   const Flat firsts(first, ScalarType::Int), lasts(last, ScalarType::Int), probes(rows, ScalarType::Int);
-  expect_size(columns, {q.size(0), q.size(1), k.size(2)}, "columns");
-  expect_size(diagonals, {q.size(0), q.size(1), k.size(2)}, "diagonals");
+  for (const Tensor& sums : {columns, diagonals}) expect_size(sums, {q.size(0), q.size(1), ceil_div(k.size(2), block)}, "sums");
   window_score({view(q), view(k), probes.data<int32_t>(), rows.size(1), scale, q_start, causal, window, softcap,
-                {firsts.data<int32_t>(), lasts.data<int32_t>()}, output<float>(columns, ScalarType::Float, "columns"),
+                {firsts.data<int32_t>(), lasts.data<int32_t>()}, block, output<float>(columns, ScalarType::Float, "columns"),
                 output<float>(diagonals, ScalarType::Float, "diagonals")},
                where);
 }

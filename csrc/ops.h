@@ -123,7 +123,8 @@ struct WindowScore {
   int64_t window;
   double softcap;
   Padding padding;
-  float *columns, *diagonals;  // [B, H, Nk], contiguous
+  int64_t block;
+  float *columns, *diagonals;  // [B, H, ceil(Nk / block)], contiguous
 };
 void window_score(const WindowScore& args, const Where& where);
 

@@ -20,7 +20,6 @@ from sparse_attn.kept import FEW_QUERIES, Queries, Region
 
 from .archive import Archive
 from .config import CacheConfig
-from .digests import PageDigest
 from .store import Meter, Part, Store
 from .types import Seen
 

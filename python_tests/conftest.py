@@ -1,5 +1,7 @@
 """Outputs start as NaN, seeds are fixed, and every op runs on every backend that this machine has."""
 
+import contextlib
+
 import hypothesis
 import pytest
 import torch
@@ -18,8 +20,20 @@ def poisoned_and_seeded():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
-    yield
+    with running_on(torch.get_num_threads()):  # commands set it
+        yield
     torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def running_on(threads: int):
+    """So many threads, then as many as before: with more than its core, a process waits for its neighbours at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def op_backends(*op_names: str):

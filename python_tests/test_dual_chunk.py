@@ -23,7 +23,7 @@ from sparse_attn.types import LayerContext, ResidentKV
 def test_random_splits_of_the_keys_merge_to_the_whole(case, parts, seed):
     """Every key goes to one part; a sink goes to part 0; rows that see nothing keep 0 and -inf."""
     case = {**case, "first": None, "last": None}
-    (batch, heads, n_q, dim), n_k = case["q"].shape, case["k"].shape[2]
+    (batch, heads, n_q, _), n_k = case["q"].shape, case["k"].shape[2]
     part_of = torch.randint(0, parts, (n_k,), generator=torch.Generator().manual_seed(seed))
     key, at = torch.arange(n_k), torch.arange(n_q)[:, None] + case["q_start"]
     seen = torch.ones(n_q, n_k, dtype=torch.bool) if not case["causal"] else key <= at

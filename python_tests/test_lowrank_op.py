@@ -1,10 +1,8 @@
 """lowrank_keys: against float64 brute force, and what must hold whatever the numbers are."""
 
-import math
-
 import pytest
 import torch
-from conftest import op_backends, skip_unless, skip_unless_it_looks
+from conftest import op_backends, running_on, skip_unless, skip_unless_it_looks
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -57,18 +55,18 @@ def run(backend: str, case: dict) -> torch.Tensor:
 
 
 def truth(case: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """One token and one pair of channels at a time."""
+    """One token at a time."""
     rows, pairs = case["rows"].to(dtype), case["near"].shape[2]
+    one, other = (slice(i, 2 * pairs, 2) if case["interleaved"] else slice(i * pairs, (i + 1) * pairs) for i in (0, 1))
+    turn = 10000 ** -(torch.arange(pairs).double() / max(pairs, 1))
     every = (case[name].flatten().tolist() for name in ("starts", "counts", "targets"))
     for i, (start, count, target) in enumerate(zip(*every)):
         b, h = divmod(i // case["starts"].shape[2], case["starts"].shape[1])
         for token in range(count):
             key = (case["factors"][start + token].to(dtype)[:, None] * case["basis"][b, h].to(dtype)).sum(0)
-            for pair in range(pairs):
-                one, other = (2 * pair, 2 * pair + 1) if case["interleaved"] else (pair, pair + pairs)
-                angle = int(case["positions"][start + token]) * 10000 ** -(pair / pairs)
-                cos, sin = math.cos(angle), math.sin(angle)
-                key[one], key[other] = key[one] * cos - key[other] * sin, key[other] * cos + key[one] * sin
+            angle = int(case["positions"][start + token]) * turn
+            cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+            key[one], key[other] = key[one] * cos - key[other] * sin, key[other] * cos + key[one] * sin
             rows[target + token] = key
     return rows
 
@@ -91,13 +89,10 @@ def test_many_rows_are_as_good_as_torch_and_threads_change_nothing(backend, dtyp
                 basis=randn(1, 3, 160, 128, dtype, "plain", 1) / 13, starts=starts, counts=counts,
                 targets=(counts.flatten().cumsum(0) - counts.flatten()).view(1, 3, 3), positions=torch.arange(1000, 1700).int(),
                 far=tables(20, 128, 64), near=tables(128, 1, 64), interleaved=False)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    found = []
+    for threads in (1, 2, 5):
+        with running_on(threads):
             found.append(run(backend, case))
-    finally:
-        torch.set_num_threads(threads)
     if backend != "reference":  # torch's products depend on its threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     with use_backend("reference"):

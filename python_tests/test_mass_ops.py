@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, running_on, skip_unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -155,25 +155,25 @@ def test_window_mass_is_as_accurate_as_torch(backend, case):
 
 
 @functools.cache
-def long_cases() -> list[dict]:
-    """More keys than a tile and a chunk, more queries than are packed at a time, runs that end inside a panel."""
+def long_cases() -> list[tuple]:
+    """An op, its arguments and the truth: more keys than a tile and a chunk, more queries than are packed at a time, runs that end inside a panel."""
     found = []
     for lengths, group, n_q, dim in (([[4500, 333]], 1, 320, 24), ([[700], [1003]], 6, 90, 64)):
         case = store(lengths, dim, torch.bfloat16, 0) | dict(
             q=randn(len(lengths), len(lengths[0]) * group, n_q, dim, torch.bfloat16, "tokens_first", 1), scale=dim**-0.5, softcap=0.0,
             rows=0, window=310 if group == 1 else 64, kernel=7, pool="mean", reduce="mean", q_first=None, q_last=None, sinks=None)
-        found.append(case | {"lse": true_lse(case)})
+        case |= {"lse": true_lse(case)}
+        found += [(key_mass, key_args(case), truth(case, 10**9, False)),
+                  (window_mass, window_args(case), truth(case, case["window"], True))]
     return found
 
 
 @op_backends("key_mass", "window_mass")
 def test_masses_over_many_tiles_are_right(backend):
-    for case in long_cases():
-        for op, args, exact in ((key_mass, key_args(case), truth(case, 10**9, False)),
-                                (window_mass, window_args(case), truth(case, case["window"], True))):
-            skip_unless(op, backend, *args)
-            with use_backend(backend):
-                torch.testing.assert_close(op(*args).double(), exact, atol=4e-6, rtol=2e-5)
+    for op, args, exact in long_cases():
+        skip_unless(op, backend, *args)
+        with use_backend(backend):
+            torch.testing.assert_close(op(*args).double(), exact, atol=4e-6, rtol=2e-5)
 
 
 @op_backends("key_mass")
@@ -243,18 +243,14 @@ def test_the_number_of_threads_does_not_change_a_bit(backend):
         q=randn(1, 6, 30, 64, torch.bfloat16, "tokens_first", 1), scale=0.125, softcap=0.0, rows=0, window=20, kernel=5, pool="mean",
         reduce="mean", q_first=None, q_last=None, sinks=None)
     case["lse"] = true_lse(case)
-    threads, found = torch.get_num_threads(), []
+    found = []
     for op, args in ((key_mass, key_args(case)), (window_mass, window_args(case))):
         skip_unless(op, backend, *args)
     if backend == "reference":
         pytest.skip("reference: torch's matrix product rounds by shape and threads")
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with use_backend(backend):
-                found.append((key_mass(*key_args(case)), window_mass(*window_args(case))))
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with running_on(threads), use_backend(backend):
+            found.append((key_mass(*key_args(case)), window_mass(*window_args(case))))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

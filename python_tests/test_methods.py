@@ -9,13 +9,6 @@ from benchmarks import methods, selection
 from benchmarks.needle import runner
 
 
-@pytest.fixture(autouse=True)
-def own_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def row(method: str, correct: float, prefill_s: float, density: float, depth: float = 0.0) -> dict:
     return dict(task="single", length=1024, depth=depth, seed=0, prefill=method, prefill_args={}, correct=correct, density=density,
                 prefill_s=prefill_s, attention_s=prefill_s / 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import running_on
 
 from sparse_attn.errors import ContractError
 from sparse_attn.ops import OPS, antidiagonal_score, block_sparse_attention, native, use_backend
@@ -172,14 +173,10 @@ def test_a_given_output_is_filled_whatever_its_strides(backend):
 def test_the_number_of_threads_does_not_change_a_bit():
     q, k, v = (torch.randn(1, h, 300, 64) for h in (4, 2, 2))
     args = (q, k, v, *lists(4, 5, 5, 0.5), 64, 64, 0.125)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with running_on(1):
         one = block_sparse_attention(*args)
-        torch.set_num_threads(3)
+    with running_on(3):
         three = block_sparse_attention(*args)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
 
 

@@ -18,13 +18,6 @@ from kvcache import METHODS, READERS, RETRIEVING  # noqa: E402
 BUDGET, TOKENS = 256, 2048
 
 
-@pytest.fixture(autouse=True)
-def own_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return runner.load(str(runner.BUNDLED), "cpu", torch.float32, trust=False)

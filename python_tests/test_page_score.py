@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, running_on, skip_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -82,13 +82,10 @@ def test_no_key_of_a_page_exceeds_its_bound_and_threads_change_nothing(backend, 
     pages, page, dim = torch.tensor([[2500, 0, 37]]), 4, 64
     q, keys = randn(1, 3 * group, n_q, dim, torch.float32, "plain", 0), randn(1, int(pages.sum()), page, dim, torch.float32, "plain", 1)[0]
     case = dict(q=q, low=keys.amin(1), high=keys.amax(1), starts=pages.cumsum(1) - pages, pages=pages, reduce="max", q_first=None, q_last=None)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    found = []
+    for threads in (1, 2, 5):
+        with running_on(threads):
             found.append(run(backend, case))
-    finally:
-        torch.set_num_threads(threads)
     if backend != "reference":  # torch's products depend on its threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     for h, (start, count) in enumerate(zip(case["starts"][0].tolist(), pages[0].tolist())):

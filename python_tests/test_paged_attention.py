@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless, skip_unless_it_looks
+from conftest import op_backends, running_on, skip_unless, skip_unless_it_looks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -251,15 +251,11 @@ def test_a_dense_run_equals_block_sparse_attention(backend):
 def test_threads_do_not_change_a_bit(backend, n_q):
     if backend == "reference":
         pytest.skip("reference: torch's matrix product rounds by shape and threads")
-    threads = torch.get_num_threads()
     case = flat_case([5000, 700], n_q, dtype=torch.bfloat16, pages=200, sizes=(16,))
     found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for threads in (1, 2, 3):
+        with running_on(threads):
             found.append(run(backend, case))
-    finally:
-        torch.set_num_threads(threads)
     for one, *others in zip(*found, strict=True):
         assert all(torch.equal(one, other) for other in others)
 

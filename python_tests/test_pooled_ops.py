@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless, skip_unless_it_looks
+from conftest import op_backends, running_on, skip_unless, skip_unless_it_looks
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -395,11 +395,8 @@ def test_no_tokens_and_no_heads_give_empty_outputs(backend, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_number_of_threads_does_not_change_a_bit(name):
-    threads, found, args = torch.get_num_threads(), [], plain_args(name)
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    found, args = [], plain_args(name)
+    for threads in (1, 3):
+        with running_on(threads):
             found.append(torch.utils._pytree.tree_leaves(OPS[name](*args)))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found))

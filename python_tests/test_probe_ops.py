@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, running_on, skip_unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -29,11 +29,13 @@ def window_cases(draw) -> dict:
         "all": range(n_q), "none": [], "outside": [draw(st.integers(0, n_q - 1)), n_q, n_q + 7],
     }[kind]  # fmt: skip
     rows = torch.tensor([-1, -1, *real], dtype=torch.int32).repeat(batch, 1)
-    return {name: case[name] for name in ("q", "k", "scale", *SPAN, "softcap")} | {"rows": rows}
+    block = draw(st.sampled_from([1, 1, 1, 16, 20, 64, 128, 300, 512]))
+    return {name: case[name] for name in ("q", "k", "scale", *SPAN, "softcap")} | {"rows": rows, "block": block}
 
 
 def window_args(case: dict) -> tuple:
-    return tuple(case[name] for name in ("q", "k", "rows", "scale", "q_start", "causal", "window", "softcap", "first", "last"))
+    return tuple(case[name] for name in ("q", "k", "rows", "scale", "q_start", "causal", "window", "softcap", "first", "last",
+                                         "block"))
 
 
 @st.composite
@@ -96,7 +98,7 @@ def window_truth(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
             back = at - index if case["causal"] else entry - (index - low)
             kept = (back >= 0) & (back < n_k)
             diagonals[b, :, back[kept]] += p[:, kept]
-    return columns, diagonals
+    return tuple(torch.stack([x.sum(-1) for x in sums.split(case["block"], -1)], -1) for sums in (columns, diagonals))
 
 
 def strided_truth(case: dict) -> torch.Tensor:
@@ -163,11 +165,14 @@ def test_strided_scores_are_as_accurate_as_torch(backend, case):
 def long_windows() -> list[tuple]:
     """Longer than a tile of keys, more probes than a task takes at a time, a ragged end, and probes that see none of a tile."""
     found = []
-    for heads, kv_heads, d, window, causal in ((6, 1, 24, 0, True), (3, 3, 40, 300, True), (4, 2, 64, 0, False)):
+    for heads, kv_heads, d, window, causal, block in (
+        (6, 1, 24, 0, True, 1), (3, 3, 40, 300, True, 1), (4, 2, 64, 0, False, 1),
+        (6, 1, 24, 0, True, 128), (3, 3, 40, 300, True, 16), (1, 1, 32, 0, True, 512), (3, 1, 32, 0, True, 100), (4, 2, 64, 0, False, 64),
+    ):  # fmt: skip
         q, k = randn(1, heads, 900, d, torch.bfloat16, "tokens_first", 0), randn(1, kv_heads, 1003, d, torch.bfloat16, "plain", 1)
         rows = torch.tensor([[*range(5, 110), *range(560, 600), 899]], dtype=torch.int32)
         case = dict(q=q, k=k, rows=rows, scale=d**-0.5, q_start=103 if causal else 0, causal=causal, window=window, softcap=0.0,
-                    first=None, last=None)
+                    first=None, last=None, block=block)
         found.append((window_args(case), window_truth(case)))
     return found
 
@@ -289,20 +294,17 @@ def test_a_padded_row_equals_the_row_alone(backend, windowed, strided):
 def test_neither_threads_nor_neighbouring_heads_change_a_bit(backend):
     q, k = randn(2, 6, 300, 64, torch.bfloat16, "tokens_first", 0), randn(2, 2, 300, 64, torch.bfloat16, "plain", 1)
     rows = torch.arange(10, 250, dtype=torch.int32).repeat(2, 1)
-    calls = (window_score, (rows, 0.125)), (strided_score, (64, 32, 4, 0.125, 0, True, 0, True))
-    threads = torch.get_num_threads()
+    by_block = (rows, 0.125, 0, True, 0, 0.0, None, None, 32)
+    calls = (window_score, (rows, 0.125)), (window_score, by_block), (strided_score, (64, 32, 4, 0.125, 0, True, 0, True))
     for op, rest in calls:
         skip_unless(op, backend, q, k, *rest)
         if backend == "reference":
             pytest.skip("reference: torch's matrix product rounds by shape and threads")
         found = []
         with use_backend(backend):
-            try:
-                for count in (1, 2):
-                    torch.set_num_threads(count)
+            for threads in (1, 2):
+                with running_on(threads):
                     found.append(op(q, k, *rest))
-            finally:
-                torch.set_num_threads(threads)
             group = op(q[:, 3:], k[:, 1:], *rest)
         for one, two, part in zip(*(x if isinstance(x, tuple) else (x,) for x in (*found, group)), strict=True):
             assert torch.equal(one, two) and torch.equal(one[:, 3:], part)
@@ -315,12 +317,15 @@ def test_a_query_does_not_depend_on_which_others_are_scored_with_it(backend):
     one, two = (torch.tensor([rows], dtype=torch.int32) for rows in ([1000], [31, 1000]))
     rest = 0.125, 0, True, 500
     skip_unless(window_score, backend, q, k, one, *rest)
+    blocks = *rest, 0.0, None, None, 32
     with use_backend(backend):
         alone, among = (window_score(q, k, rows, *rest)[0][..., 501:] for rows in (one, two))
+        block_alone, block_among = (window_score(q, k, rows, *blocks)[0][..., 16:] for rows in (one, two))
         whole = strided_score(q, k, 16, 32, 4, 0.125, 0, True, 500)
         chunk = strided_score(q[:, :, 848:], k, 16, 32, 4, 0.125, 848, True, 500)
     same = torch.testing.assert_close if backend == "reference" else lambda a, b: torch.testing.assert_close(a, b, atol=0, rtol=0)
     same(alone, among)
+    same(block_alone, block_among)
     same(chunk, whole[:, :, 848 // 16 :])
 
 
@@ -357,6 +362,7 @@ Q, K = torch.zeros(2, 4, 64, 32), torch.zeros(2, 2, 64, 32)
     (lambda: window_score(Q, K, torch.zeros(2, 3), 1.0), "rows must be int32 [2, R]"),
     (lambda: window_score(Q, K, torch.zeros(1, 3, dtype=torch.int32), 1.0), "rows must be int32 [2, R]"),
     (lambda: window_score(Q, K, torch.zeros(2, 3, dtype=torch.int32), 1.0, softcap=-1.0), "softcap=-1.0 is negative"),
+    (lambda: window_score(Q, K, torch.zeros(2, 3, dtype=torch.int32), 1.0, block=0), "block=0 must be 1 or more"),
     (lambda: strided_score(Q, K, 16, 16, 3, 1.0), "block_q=16 is not a multiple of stride=3"),
     (lambda: strided_score(Q, K, 12, 16, 3, 1.0), "block_k=16 is not a multiple of stride=3"),
     (lambda: strided_score(Q, K, 16, 16, 0, 1.0), "stride=0 must be positive"),

@@ -383,9 +383,9 @@ def test_bad_settings_are_told_in_a_sentence(arguments, sentence):
 
 
 def test_a_config_without_a_policy_has_nothing_to_evict_by():
-    for settings, sentence in ((dict(sinks=4), "sinks says how to evict"), (dict(roll=True), "roll says how"), (dict(evict="prompt"), "evict says how")):
+    for how, sentence in ((dict(sinks=4), "sinks says how to evict"), (dict(roll=True), "roll says how"), (dict(evict="prompt"), "evict says how")):
         with pytest.raises(ContractError, match=sentence):
-            CacheConfig(None, None, decode=Quest(), **settings)
+            CacheConfig(None, None, decode=Quest(), **how)
     for decode, sentence in ((None, "takes a policy and a budget, or decode="), ("quest", "decode='quest' is no reader; names go to")):
         with pytest.raises(ContractError, match=sentence):
             CacheConfig(None, None, decode=decode)

@@ -301,7 +301,7 @@ def test_opcheck_passes_with_every_argument_given(kind):
 
 def counted_tiles(case: dict, counts: torch.Tensor, indices: torch.Tensor, plan: dict) -> torch.Tensor:
     """float64 ``[heads]``: tiles read over tiles that some query could reach, one tile at a time."""
-    (batch, heads, n_q, _), n_k, bq, bk = case["q"].shape, case["k"].shape[2], case["block_q"], case["block_k"]
+    (batch, _, n_q, _), bq, bk = case["q"].shape, case["block_q"], case["block_k"]
     lists = [t.shape[at] for t, at in ((counts, 1), (plan["columns"], 1), (plan["near"], 0)) if t is not None]
     total, possible, none = torch.zeros(max(lists), dtype=torch.float64), 0, torch.zeros(batch, 1, counts.shape[2], 0).int()
     real = real_queries(case) | (not case["causal"])

@@ -14,13 +14,6 @@ import sparse_attn  # noqa: E402
 from benchmarks import retrieval  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -1,12 +1,11 @@
 """keep_top and move_rows: against plain Python, and what must hold whatever the numbers are."""
 
-import contextlib
 import functools
 import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless, skip_unless_it_looks
+from conftest import op_backends, running_on, skip_unless, skip_unless_it_looks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,16 +129,6 @@ def test_rows_move_as_if_all_were_read_first(backend, args):
 def runs_of_rows(lengths: list[int]) -> torch.Tensor:
     """First row of each run of ``lengths``, back to back."""
     return torch.tensor([0, *lengths]).cumsum(0)[:-1]
-
-
-@contextlib.contextmanager
-def running_on(threads: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @op_backends("move_rows")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import op_backends, skip_unless
+from conftest import op_backends, running_on, skip_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch
@@ -93,13 +93,10 @@ def test_runs_of_many_tasks_match_float64_and_threads_change_nothing(backend, gr
     rows = randn(1, 1, int(lengths.sum()), dim, torch.float32, "plain", 1)[0, 0]
     case = dict(q=q, rows=rows, starts=lengths.cumsum(1) - lengths, lengths=lengths, scale=3 * dim**-0.5, soft=soft, reduce="sum",
                 q_first=None, q_last=None)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    found = []
+    for threads in (1, 2, 5):
+        with running_on(threads):
             found.append(run(backend, case))
-    finally:
-        torch.set_num_threads(threads)
     if backend != "reference":  # torch's products depend on its threads
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     shown = [x.log() if soft else x for x in (found[0], truth(case, torch.float32), truth(case))]  # the small shares too

@@ -280,7 +280,7 @@ class Worker {
       store(s_ + g * kLanes, x);
       top = max(x, top);
     }
-    for (int s = 1; s < kRows; s *= 2) top = max(turned(top, s), top);
+    top = joined<kRows>(top, [](F32 a, F32 b) { return max(a, b); });
     const F32 kept = exp2_nonpositive(load(m) - top);
     F32 total = load(l) * kept;
     for (int g = 0; g < groups; ++g) {
@@ -297,12 +297,6 @@ class Worker {
     I32 limit;
     std::memcpy(&limit, sees, sizeof limit);
     return (lane_numbers() & (kRows - 1)) + int32_t(row) < limit ? x : splat(-std::numeric_limits<float>::infinity());
-  }
-
-  static SA_INLINE F32 turned(F32 x, int by) {
-    I32 from{};
-    for (int i = 0; i < kLanes; ++i) from[i] = i ^ by;
-    return __builtin_shuffle(x, from);
   }
 
   // the rows of a group in the next tile; to L2, where the hardware takes over

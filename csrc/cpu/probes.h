@@ -179,6 +179,37 @@ class Probes {
     store(m_ + row * kLanes, top), store(l_ + row * kLanes, total);
   }
 
+  // Of each `keys` keys of the tile the first `far`, and the others: sums of 2^(logit - maximum so far). Returns that maximum,
+  // which here is one for all lanes.
+  float absorb_parts(int row, float* s, int64_t key0, int64_t keys, int64_t far, float* sums) {
+    const Probe& p = probes_[row];
+    float factor = factor_;
+    if (cap_ > 0 || p.low > key0 || p.high < key0 + kTileKeys) {
+      int64_t from, to;
+      seen(row, key0, &from, &to);
+      for (int64_t v = 0; v < kTileKeys / kLanes; ++v)
+        store(part(s, v), v < from || v >= to ? splat(kHiddenLogit) : logit(row, part(s, v), key0 + v * kLanes));
+      factor = 1.0f;
+    }
+    F32 top = load(m_ + row * kLanes);
+    #pragma GCC unroll 4
+    for (int64_t v = 0; v < kTileKeys / kLanes; ++v) top = max(load(part(s, v)) * factor, top);
+    top = joined(top, [](F32 a, F32 b) { return max(a, b); });
+    store(m_ + row * kLanes, top);
+    for (int64_t v = 0; v < kTileKeys / kLanes;) {
+      F32 farther{}, nearer{};
+      I32 left = splat(int32_t(far)) - lane_numbers();
+      #pragma GCC unroll 4
+      for (int64_t end = v + keys / kLanes; v < end; ++v, left -= kLanes) {
+        const F32 share = exp2_nonpositive(load(part(s, v)) * factor - top);
+        farther += left > 0 ? share : F32{}, nearer += left > 0 ? F32{} : share;
+      }
+      auto plus = [](F32 a, F32 b) { return a + b; };
+      *sums++ = joined(farther, plus)[0], *sums++ = joined(nearer, plus)[0];
+    }
+    return top[0];
+  }
+
   // each lane's maximum so far
   F32 top(int row) const { return load(m_ + row * kLanes); }
 

@@ -76,6 +76,18 @@ SA_INLINE float sum(F32 x) {
   return total;
 }
 
+// every lane the whole of its N lanes, joined by halves; a template, for a shuffle whose pattern is only known at run time is slow
+template <int N = kLanes, class Join>
+SA_INLINE F32 joined(F32 x, const Join& join) {
+  if constexpr (N == 1) {
+    return x;
+  } else {
+    I32 other{};
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ N / 2;
+    return joined<N / 2>(join(x, __builtin_shuffle(x, other)), join);
+  }
+}
+
 // -- half precision: the scalar forms of half.h are the definition, these their twins ----------------------------------------
 
 SA_INLINE F32 widen_bf16(U16 h) {

@@ -3,13 +3,16 @@
 //
 // One product: as tiles of keys pass, each row keeps 2^(logit - its maximum so far), lane by lane, and that maximum once per tile.
 // When the keys have passed its sum is known, and a factor per tile makes probabilities of them. Rows go together as far as
-// what they keep fits kKept, so a long context divides the rows, each part of which packs the keys again. A task owns the
-// outputs of its heads and adds rows in order, and a row's own sums start at fixed keys: neither threads, nor neighbours, nor
-// the future change a bit.
+// what they keep fits kKept, so a long context divides the rows, each part of which packs the keys again. Where the sums of
+// blocks are wanted, and parts of tiles make up blocks, a row keeps two numbers a part instead: the keys of a part that lie
+// behind a query stand in two blocks of distances at most. A task owns the outputs of its heads and adds rows in order, and a
+// row's own sums start at fixed keys: neither threads, nor neighbours, nor the future change a bit.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../spans.h"
@@ -28,13 +31,26 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };
-using Floats = std::unique_ptr<float[], Free>;
 
-Floats floats(int64_t count) {
-  Floats made(static_cast<float*>(std::aligned_alloc(64, size_t(count) * sizeof(float))));  // whole registers, so a multiple of 64
-  if (!made) throw std::bad_alloc();
-  return made;
-}
+// Memory that grows and never carries anything over.
+class Room {
+ public:
+  // whole registers
+  float* of(int64_t count) {
+    if (count > size_) {
+      count = ceil_div(count, 16) * 16;
+      held_.reset(), size_ = 0;
+      held_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(count) * sizeof(float))));
+      if (!held_) throw std::bad_alloc();
+      size_ = count;
+    }
+    return held_.get();
+  }
+
+ private:
+  std::unique_ptr<float, Free> held_;
+  int64_t size_ = 0;
+};
 
 struct Task {
   int64_t b, head0;  // heads of one KV head
@@ -44,21 +60,30 @@ struct Task {
 template <class Logits>
 class Worker {
  public:
-  Worker(const WindowScore& args) : a_(args), probes_(args.q.size[3], args.scale, args.softcap) {}
+  Worker(const WindowScore& args)
+      : a_(args),
+        probes_(args.q.size[3], args.scale, args.softcap),
+        block_(std::min(args.block, std::max<int64_t>(1, ceil_div(args.k.size[2], kTile)) * kTile)),
+        blocks_(ceil_div(args.k.size[2], block_)),
+        part_(std::min(args.block, kTile)),
+        in_parts_(args.causal && part_ % kLanes == 0 && kTile % part_ == 0 && args.block % part_ == 0) {}
 
   void run(const Task& task) {
     b_ = task.b, head0_ = task.head0;
     span_ = span_of(b_, a_.q.size[2], n_k(), a_.q_start, a_.causal, a_.padding);
-    std::fill(columns(0), columns(task.heads), 0.0f);
-    std::fill(diagonals(0), diagonals(task.heads), 0.0f);
-    const int64_t most = kKept / int64_t(sizeof(float)) / std::max<int64_t>(1, span_.n_k);
-    const int64_t together = std::clamp<int64_t>(most, kFewRows, probes_.kMaxRows) / task.heads;
+    if (one_by_one()) tokens_.resize(2 * task.heads * n_k());
+    heads_ = task.heads;
+    std::fill(columns(0), columns(heads_), 0.0f);
+    std::fill(diagonals(0), diagonals(heads_), 0.0f);
+    const int64_t kept = ceil_div(span_.n_k, kTile) * (in_parts_ ? 2 * kTile / part_ + 1 : kTile);  // of a row
+    const int64_t most = kKept / int64_t(sizeof(float)) / std::max<int64_t>(1, kept);
+    const int64_t together = std::clamp<int64_t>(most, kFewRows, probes_.kMaxRows) / heads_;
     for (int64_t i = 0; i < a_.n_rows;) {
       probes_.clear();
-      for (; i < a_.n_rows && probes_.size() < together * task.heads; ++i)
-        add_probe(a_.rows[b_ * a_.n_rows + i], task.heads);
+      for (; i < a_.n_rows && probes_.size() < together * heads_; ++i) add_probe(a_.rows[b_ * a_.n_rows + i]);
       if (probes_.size()) score();
     }
+    if (one_by_one()) add_blocks();
   }
 
  private:
@@ -66,16 +91,19 @@ class Worker {
   static constexpr int64_t kTile = Probes<Logits>::kTileKeys;
 
   int64_t n_k() const { return a_.k.size[2]; }
-  float* columns(int head) const { return a_.columns + (b_ * a_.q.size[1] + head0_ + head) * n_k(); }
-  float* diagonals(int head) const { return a_.diagonals + (b_ * a_.q.size[1] + head0_ + head) * n_k(); }
+  // sums of blocks whose parts tiles do not hold: of single keys and distances first
+  bool one_by_one() const { return block_ > 1 && !in_parts_; }
+  float* columns(int head) { return one_by_one() ? tokens_.data() + head * n_k() : out(a_.columns, head); }
+  float* diagonals(int head) { return one_by_one() ? tokens_.data() + (heads_ + head) * n_k() : out(a_.diagonals, head); }
+  float* out(float* of, int head) const { return of + (b_ * a_.q.size[1] + head0_ + head) * blocks_; }
 
   // the heads of a query next to each other: they see the same keys
-  void add_probe(int64_t row, int heads) {
+  void add_probe(int64_t row) {
     if (row < 0 || row >= span_.n_q) return;
     const int64_t at = (a_.causal ? span_.q_start : 0) + row;
     const int64_t high = a_.causal ? std::min(span_.n_k, at + 1) : span_.n_k;
     const int64_t low = a_.window ? std::max<int64_t>(0, at - a_.window + 1) : 0;
-    for (int h = 0; h < heads; ++h) {
+    for (int h = 0; h < heads_; ++h) {
       const Storage* from = static_cast<const Storage*>(a_.q.data) + b_ * a_.q.stride[0] + (head0_ + h) * a_.q.stride[1] +
                             (span_.row0 + row) * a_.q.stride[2];
       probes_.add(from, a_.q.stride[3], {at, low, high, h});
@@ -87,17 +115,25 @@ class Worker {
     probes_.begin();
     int64_t low = span_.n_k, high = 0;
     for (int row = 0; row < probes_.size(); ++row) low = std::min(low, probes_[row].low), high = std::max(high, probes_[row].high);
-    low -= low % probes_.kTileKeys;
+    low -= low % kTile;
     const Storage* k = static_cast<const Storage*>(a_.k.data) + b_ * a_.k.stride[0] +
                        head0_ / (a_.q.size[1] / a_.k.size[1]) * a_.k.stride[1] + span_.key0 * a_.k.stride[2];
     auto load_keys = [&](int64_t key0, int64_t end) {
       probes_.load_keys(key0, end, a_.k.stride[3], [&](int64_t key) { return k + key * a_.k.stride[2]; });
     };
-    make_room(probes_.size() * ceil_div(high - low, kTile));
+    if (in_parts_) keep_parts(low, high, load_keys);
+    else keep_keys(low, high, load_keys);
+  }
+
+  // kept: [tile][row][key], tops: [tile][row][lane]
+  template <class Load>
+  void keep_keys(int64_t low, int64_t high, const Load& load_keys) {
+    const int64_t places = probes_.size() * ceil_div(high - low, kTile);
+    float *kept = kept_.of(places * kTile), *tops = tops_.of(places * kLanes);
     probes_.each_tile(low, high, load_keys, [&](int row, float* s, int64_t key0) {
       const int64_t at = (key0 - low) / kTile * probes_.size() + row;
-      probes_.absorb(row, s, key0, shares_.get() + at * kTile);
-      store(tops_.get() + at * kLanes, probes_.top(row));
+      probes_.absorb(row, s, key0, kept + at * kTile);
+      store(tops + at * kLanes, probes_.top(row));
     });
     for (int row = 0; row < probes_.size(); ++row) {
       const Peak peak = probes_.join(row);
@@ -106,15 +142,7 @@ class Worker {
     for (int64_t key0 = low, at = 0; key0 < high; key0 += kTile)
       for (int row = 0; row < probes_.size(); ++row, ++at)
         if (probes_[row].low < key0 + kTile && probes_[row].high > key0 && probes_.gives(row))
-          spread(row, shares_.get() + at * kTile, probes_.rescaled(row, load(tops_.get() + at * kLanes)), key0);
-  }
-
-  void make_room(int64_t tiles) {
-    if (tiles <= room_) return;
-    shares_.reset(), tops_.reset();
-    room_ = 0;
-    shares_ = floats(tiles * kTile), tops_ = floats(tiles * kLanes);
-    room_ = tiles;
+          spread(row, kept + at * kTile, probes_.rescaled(row, load(tops + at * kLanes)), key0);
   }
 
   // probabilities of one row and tile into the sums of keys and of distances
@@ -146,12 +174,62 @@ class Worker {
       if (nearest + i >= 0 && nearest + i < n_k()) diagonal[nearest + i] += p[i];
   }
 
+  // kept: [row][tile][part][farther, nearer], tops: [row][tile]
+  template <class Load>
+  void keep_parts(int64_t low, int64_t high, const Load& load_keys) {
+    const int64_t tiles = ceil_div(high - low, kTile), numbers = 2 * kTile / part_;
+    float *kept = kept_.of(probes_.size() * tiles * numbers), *tops = tops_.of(probes_.size() * tiles + kLanes);
+    probes_.each_tile(low, high, load_keys, [&](int row, float* s, int64_t key0) {
+      const int64_t at = row * tiles + (key0 - low) / kTile;
+      // the keys of a part in the block of distances of its first; where a tile has several parts they are whole blocks
+      const int64_t farther = std::min<int64_t>(uint32_t(probes_[row].position - key0) % uint32_t(block_) + 1, part_);
+      tops[at] = probes_.absorb_parts(row, s, key0, part_, farther, kept + at * numbers);
+    });
+    for (int row = 0; row < probes_.size(); ++row) spread_parts(row, low, kept + row * tiles * numbers, tops + row * tiles);
+  }
+
+  void spread_parts(int row, int64_t low, float* kept, const float* tops) {
+    const Probe& probe = probes_[row];
+    const int64_t parts = kTile / part_, first = (probe.low - low) / kTile, last = ceil_div(probe.high - low, kTile);
+    const F32 top = probes_.top(row);
+    double total = 0;
+    for (int64_t tile = first; tile < last; tile += kLanes) {
+      const F32 factors = exp2_nonpositive(load(tops + tile) - top);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, last - tile); ++i)
+        for (int64_t n = (tile + i) * 2 * parts; n < (tile + i + 1) * 2 * parts; ++n) total += kept[n] *= factors[i];
+    }
+    const float inverse = Peak{top[0], float(total)}.inverse();
+    if (inverse == 0) return;
+    float *column = columns(probe.head), *diagonal = diagonals(probe.head);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t key0 = low + tile * kTile, back = probe.position - key0;
+      const int64_t block = uint32_t(key0) / uint32_t(block_), distance = uint32_t(back) / uint32_t(block_);
+      const float* sums = kept + tile * 2 * parts;
+      for (int64_t part = 0; part < parts && part * part_ <= back; ++part, sums += 2) {
+        const float far = sums[0] * inverse, near = sums[1] * inverse;
+        column[block + part] += far + near;
+        diagonal[distance - part] += far;
+        if (distance > part) diagonal[distance - part - 1] += near;
+      }
+    }
+  }
+
+  void add_blocks() {
+    for (int head = 0; head < heads_; ++head)
+      for (const auto& [from, to] : {std::pair{columns(head), out(a_.columns, head)}, {diagonals(head), out(a_.diagonals, head)}})
+        for (int64_t at = 0; at < n_k(); at += block_)
+          to[at / block_] = std::accumulate(from + at, from + std::min(at + block_, n_k()), 0.0f);
+  }
+
   const WindowScore& a_;
   Probes<Logits> probes_;
+  const int64_t block_, blocks_, part_;  // no block is longer than the tiles; blocks of an output; what of a tile lies in one
+  const bool in_parts_;
   Span span_{};
   int64_t b_ = 0, head0_ = 0;
-  Floats shares_, tops_;  // [tile][row][key], [tile][row][lane]
-  int64_t room_ = 0;      // [tile][row]
+  int heads_ = 0;
+  Room kept_, tops_;
+  std::vector<float> tokens_;  // columns and diagonals of single keys and distances
 };
 
 }  // namespace

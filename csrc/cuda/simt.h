@@ -169,27 +169,30 @@ constexpr bool kReduced = !kEmulated && (std::is_same_v<T, int> || std::is_same_
 
 template <class T>
 SA_DEVICE T warp_sum(T x) {
-#if !defined(SA_CUDA_EMULATED)
-  if constexpr (kReduced<T>) return __reduce_add_sync(~0u, x);
-#endif
-  for (int step = 16; step; step >>= 1) x += shuffle_xor(x, step);
-  return x;
+  if constexpr (kReduced<T>) {
+    return __reduce_add_sync(~0u, x);
+  } else {
+    for (int step = 16; step; step >>= 1) x += shuffle_xor(x, step);
+    return x;
+  }
 }
 template <class T>
 SA_DEVICE T warp_max(T x) {
-#if !defined(SA_CUDA_EMULATED)
-  if constexpr (kReduced<T>) return __reduce_max_sync(~0u, x);
-#endif
-  for (int step = 16; step; step >>= 1) x = std::max(x, shuffle_xor(x, step));
-  return x;
+  if constexpr (kReduced<T>) {
+    return __reduce_max_sync(~0u, x);
+  } else {
+    for (int step = 16; step; step >>= 1) x = std::max(x, shuffle_xor(x, step));
+    return x;
+  }
 }
 template <class T>
 SA_DEVICE T warp_min(T x) {
-#if !defined(SA_CUDA_EMULATED)
-  if constexpr (kReduced<T>) return __reduce_min_sync(~0u, x);
-#endif
-  for (int step = 16; step; step >>= 1) x = std::min(x, shuffle_xor(x, step));
-  return x;
+  if constexpr (kReduced<T>) {
+    return __reduce_min_sync(~0u, x);
+  } else {
+    for (int step = 16; step; step >>= 1) x = std::min(x, shuffle_xor(x, step));
+    return x;
+  }
 }
 
 struct alignas(16) Vec16 {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_attn.errors import require
 
-from ..types import Budget, CachePolicy, Seen
+from ..types import Budget, Seen
 
 
 @dataclass(frozen=True)

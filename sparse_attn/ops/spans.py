@@ -65,3 +65,9 @@ def query_bounds(batch: int, n_q: int, n_k: int, q_start: int, causal: bool, fir
     first = first if first is not None else torch.zeros_like(last)
     last = last if last is not None else torch.full_like(first, n_k)
     return (first - q_start).clamp(0, n_q), (last - q_start).clamp(0, n_q)
+
+
+def by_block(x: Tensor, block: int) -> Tensor:
+    """``[B, H, ceil(N / block)]``: sums of ``x`` ``[B, H, N]`` over blocks."""
+    short = -x.shape[-1] % block
+    return torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block)).sum(-1)

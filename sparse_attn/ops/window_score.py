@@ -1,4 +1,4 @@
-"""What a few probe queries attend to, summed by key and by distance."""
+"""What a few probe queries attend to, summed by key and by distance, or by blocks of those."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import require
 from . import native
 from .contract import require_heads, require_span
 from .registry import op
-from .spans import spans
+from .spans import by_block, spans
 from .triton import frame
 
 
@@ -25,6 +25,7 @@ def window_score(
     softcap: float = 0.0,
     first: Tensor | None = None,
     last: Tensor | None = None,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention probabilities of the probe rows, summed over the rows per key and per distance.
 
@@ -38,12 +39,14 @@ def window_score(
             queries (-1) probe nothing.
         scale: softmax scale.
         q_start, causal, window, softcap, first, last: as in ``block_sparse_attention``.
+        block: how many consecutive keys, and distances, make one sum; 1 keeps them apart. Blocks of 16, 32, 64, 128 or a
+            multiple of 256 cost less than that.
 
     Returns:
-        columns: float32 ``[B, H, Nk]``, mass that each key received, keys counted from the first real key; sums to the number of
-            rows that probed.
-        diagonals: float32 ``[B, H, Nk]``, mass at each distance from a query back to a key; without causality, pairs whose key
-            lies ahead are left out.
+        columns: float32 ``[B, H, ceil(Nk / block)]``, mass that each block of keys received, keys counted from the first real
+            key; sums to the number of rows that probed.
+        diagonals: float32 ``[B, H, ceil(Nk / block)]``, mass at each block of distances from a query back to a key; without
+            causality, pairs whose key lies ahead are left out.
 
     Raises:
         ContractError: on mismatched heads, lengths, dtypes or rows.
@@ -65,21 +68,22 @@ def window_score(
         ahead = (back < 0) | (back >= n_k)
         flat = back.masked_fill(ahead, 0).flatten().expand(heads, -1)
         diagonals[b] = torch.zeros_like(diagonals[b], dtype=wide).scatter_add_(1, flat, p.masked_fill(ahead, 0.0).flatten(1))
-    return columns, diagonals
+    return by_block(columns, block), by_block(diagonals, block)
 
 
 @window_score.check
-def _(q, k, rows, scale, q_start, causal, window, softcap, first, last):
+def _(q, k, rows, scale, q_start, causal, window, softcap, first, last, block):
     require_heads(q, k)
     require(rows.dim() == 2 and rows.shape[0] == q.shape[0] and rows.dtype == torch.int32,
             f"rows must be int32 [{q.shape[0]}, R], probe queries per batch row, got {rows.dtype} {list(rows.shape)}")
     require(softcap >= 0, f"softcap={softcap} is negative; use 0 for none")
+    require(block >= 1, f"block={block} must be 1 or more keys; 128 is usual")
     require_span(q.shape[0], q.shape[2], k.shape[2], q_start, causal, window, first, last)
 
 
 @window_score.fake
-def _masses(q, k, rows, scale, *rest, **named):
-    return tuple(q.new_empty(q.shape[0], q.shape[1], k.shape[2], dtype=torch.float32) for _ in range(2))
+def _masses(q, k, rows, scale, q_start=0, causal=True, window=0, softcap=0.0, first=None, last=None, block=1):
+    return tuple(q.new_empty(q.shape[0], q.shape[1], -(-k.shape[2] // block), dtype=torch.float32) for _ in range(2))
 
 
 native.add(window_score, _masses, lambda isa, q, *rest: native.needs_dtype(q))

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import NotServed, require
+from ..ops.spans import by_block
 from ..types import BlockIndex, KVView, LayerContext, ReadPlan
 from .choose import as_table, empty_index, per_head
 from .prism import Prism, band_scores
-from .probe import by_block, covering, largest, marked, observe
+from .probe import covering, largest, marked, observe
 
 
 @dataclass(frozen=True)

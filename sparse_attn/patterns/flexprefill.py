@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import require
-from ..ops.spans import Span, query_bounds
+from ..ops.spans import Span, by_block, query_bounds
 from ..types import KVView, LayerContext, ReadPlan
 from .choose import empty_index, per_head
-from .probe import by_block, largest, marked, observe, packed, probed_blocks, rows_alone, slash_tiles, tails
+from .probe import largest, marked, observe, packed, probed_blocks, rows_alone, slash_tiles, tails
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ def probed_blocks(span: Span, window_rows: int, block: int, window: int) -> rang
     return range(oldest // block, (end - 1) // block + 1 if span.n_q else 0)
 
 
-def observe(q: Tensor, k: Tensor, rows: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
-    """Mass per key and per distance that the probe ``rows`` give, float32 ``[B, H, Nk]`` each: ``ops.window_score``."""
-    return ops.window_score(q, k, rows, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap, ctx.first, ctx.last)
+def observe(q: Tensor, k: Tensor, rows: Tensor, ctx: LayerContext, block: int = 1) -> tuple[Tensor, Tensor]:
+    """Mass per key and per distance, or per ``block`` of them, that the probe ``rows`` give: ``ops.window_score``."""
+    return ops.window_score(q, k, rows, ctx.scale, ctx.q_start, ctx.causal, ctx.window, ctx.softcap, ctx.first, ctx.last, block)
 
 
 def largest(score: Tensor, most: int, count: Tensor) -> Tensor:
@@ -75,12 +75,6 @@ def covering(mass: Tensor, threshold: float, forced: Tensor) -> Tensor:
     before = torch.cat([torch.zeros_like(after[..., :1]), after[..., :-1]], -1)
     keep = (before < threshold * after[..., -1:]) & (ranked > 0)
     return torch.zeros_like(keep).scatter_(-1, order, keep) | forced | (threshold >= 1)
-
-
-def by_block(x: Tensor, block: int) -> Tensor:
-    """``[B, H, ceil(N / block)]``: sums of ``x`` ``[B, H, N]`` over blocks."""
-    short = -x.shape[-1] % block
-    return torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def slash_tiles(distances: Tensor, index: BlockIndex) -> Tensor:

@@ -11,7 +11,7 @@ from .. import ops
 from ..errors import require
 from ..types import KVView, LayerContext, ReadPlan
 from .choose import choose, empty_index
-from .probe import by_block, observe, packed, probed_blocks, rows_alone, tails
+from .probe import observe, packed, probed_blocks, rows_alone, tails
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class ProxyAttn:
         q_mean, k_mean = (_mean_heads(x, self.proxies) for x in (q, k))
         score = ops.strided_score(q_mean, k_mean, block, block, self.stride, ctx.scale, q_start=ctx.q_start, causal=ctx.causal,
                                   window=ctx.window, rotate=self.rotate, first=ctx.first, last=ctx.last)
-        vertical, _ = observe(q, k, packed([tails(span.n_q, 1, block) for span in alone], q.device), ctx)
-        covered = by_block(vertical, block).double().sort(-1, descending=True).values.cumsum(-1)
+        mass, _ = observe(q, k, packed([tails(span.n_q, 1, block) for span in alone], q.device), ctx, block)
+        covered = mass.double().sort(-1, descending=True).values.cumsum(-1)
         # blocks before the threshold is reached, and the one that reaches it
         needed = (covered < self.threshold * covered[..., -1:]).sum(-1) + 1
         seen = torch.tensor([[max(1, len(probed_blocks(span, block, block, ctx.window)))] for span in alone], device=q.device)

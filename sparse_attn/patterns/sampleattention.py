@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import require
 from ..types import KVView, LayerContext, ReadPlan
 from .choose import empty_index
-from .probe import by_block, covering, observe, packed, rows_alone, slash_tiles, tails
+from .probe import covering, observe, packed, rows_alone, slash_tiles, tails
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SampleAttention:
         alone, block = rows_alone(q, kv, ctx), self.block
         index = empty_index(q, kv, ctx, block)
         rows = [tails(span.n_q, max(1, math.ceil(self.sample_share * span.n_q / self.window)), self.window) for span in alone]
-        vertical, slash = (by_block(x, block) for x in observe(q, kv.fetch()[0], packed(rows, q.device), ctx))
+        vertical, slash = observe(q, kv.fetch()[0], packed(rows, q.device), ctx, block)
         near = torch.tensor([math.ceil(self.recent_share * span.n_k) for span in alone], device=q.device)[:, None, None]
         bands = covering(slash, self.slash_threshold, torch.arange(slash.shape[-1], device=q.device) * block < near)
         columns = covering(vertical, self.vertical_threshold, torch.zeros_like(bands))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..ops.spans import by_block
 from ..types import KVView, LayerContext, ReadPlan
 from .choose import empty_index, per_head
-from .probe import by_block, largest, marked, observe, packed, rows_alone, slash_tiles, tails
+from .probe import largest, marked, observe, packed, rows_alone, slash_tiles, tails
 
 PROBES = ("spread", "last")
 # equal parts of the queries whose ends probe too, each with window / 8 rows

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spans import by_block
 from . import frame
 from .rows import span
 from .run_sums import joined, parts_of
@@ -157,8 +158,8 @@ def diagonals(
 
 
 def run(by_key: Tensor, by_distance: Tensor, q: Tensor, k: Tensor, rows: Tensor, scale: float, q_start: int, causal: bool,
-        window: int, softcap: float, first: Tensor | None, last: Tensor | None) -> None:
-    """As ``sparse_attn.ops.window_score``."""
+        window: int, softcap: float, first: Tensor | None, last: Tensor | None, block: int) -> None:
+    """As ``sparse_attn.ops.window_score``; blocks are summed behind the kernels."""
     (batch, heads, n_q, dim), n_k, n_probes = q.shape, k.shape[2], rows.shape[1]
     width = frame.power(dim)
     config = dict(FLOAT32 if frame.unrolled(q) else frame.pinned(CONFIGS if width <= 128 else frame.WIDE_PROBES, q.device))
@@ -171,6 +172,9 @@ def run(by_key: Tensor, by_distance: Tensor, q: Tensor, k: Tensor, rows: Tensor,
                float(scale), float(softcap))
     same = dict(D=dim, WIDTH=width, CAUSAL=causal, WINDOW=window > 0, CAPPED=softcap > 0) | config
     frame.launch(sums, (parts, tiles, batch * heads), *inputs, *numbers, **same)
-    for kernel, out in ((columns, by_key), (diagonals, by_distance)):
+    for kernel, wanted in ((columns, by_key), (diagonals, by_distance)):
+        out = wanted if block == 1 else torch.empty(batch, heads, n_k, dtype=torch.float32, device=q.device)
         frame.launch(kernel, (triton.cdiv(n_k, config["KEYS"]), batch * heads), *inputs, out, *numbers, MOST=frame.power(parts, 1),
                      **same)
+        if block > 1:
+            wanted.copy_(by_block(out, block))
