@@ -9,7 +9,7 @@ namespace SA_NAMESPACE {
 struct Span {
   int64_t row0, n_q;  // first real query row of the tensor, and how many
   int64_t key0, n_k;  // first real key of the tensor, and how many
-  int64_t q_start;    // position of the first real query, counted from the first real key
+  int64_t q_start;    // position of the first real query, counted from the first real key; 0 without causality
 };
 
 SA_HOST_DEVICE inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t q_start, bool causal, const Padding& padding) {
@@ -22,7 +22,7 @@ SA_HOST_DEVICE inline Span span_of(int64_t b, int64_t n_q, int64_t n_k, int64_t 
   }
   r1 = std::max(r0, r1);
   end = std::max(first, end);
-  return {r0, r1 - r0, first, end - first, q_start + r0 - first};
+  return {r0, r1 - r0, first, end - first, causal ? q_start + r0 - first : 0};
 }
 
 // Key blocks of a query block: [low, high] is reachable, [own, high] its own diagonal; as reach() in sparse_attn/ops/spans.py.

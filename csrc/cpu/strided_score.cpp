@@ -54,7 +54,6 @@ class Worker {
   void run(const Task& task) {
     task_ = task;
     span_ = span_of(task.b, a_.q.size[2], a_.k.size[2], a_.q_start, a_.causal, a_.padding);
-    if (!a_.causal) span_.q_start = 0;
     panels_ = 0;
     for (int64_t block = task.block0; block < task.block1; block += task.step) {
       std::fill(out(block), out(block) + k_blocks_, 0.0f);

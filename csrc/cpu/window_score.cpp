@@ -100,7 +100,7 @@ class Worker {
   // the heads of a query next to each other: they see the same keys
   void add_probe(int64_t row) {
     if (row < 0 || row >= span_.n_q) return;
-    const int64_t at = (a_.causal ? span_.q_start : 0) + row;
+    const int64_t at = span_.q_start + row;
     const int64_t high = a_.causal ? std::min(span_.n_k, at + 1) : span_.n_k;
     const int64_t low = a_.window ? std::max<int64_t>(0, at - a_.window + 1) : 0;
     for (int h = 0; h < heads_; ++h) {
