@@ -57,7 +57,7 @@ def methods(names: Sequence[str], profiles: Path) -> list[runner.Method]:
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """One row per length and method, by length and then by density; a row taken beside other work has null for its times."""
+    """One row per length and method, by length and then by density."""
     rows = list(rows)
     place = ("task", "length", "depth", "seed")
     dense = {tuple(row[name] for name in place): row for row in rows if row["prefill"] == "dense"}
@@ -72,7 +72,7 @@ def summary(rows: Iterable[Row]) -> list[Row]:
             accuracy[row["task"]].append(row["correct"])
             for key in ("attention_s", "prefill_s"):
                 other = dense.get(tuple(row[name] for name in place))
-                if other is not None and other[key] and row[key]:
+                if other is not None:
                     speed[key].append(other[key] / row[key])
         found.append({"length": length, "method": name, "prefill_args": json.loads(arguments), "cases": len(group),
                       "accuracy": {task: statistics.fmean(values) for task, values in accuracy.items()},

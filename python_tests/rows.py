@@ -119,6 +119,7 @@ def plain_args(op: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
         "select_global": (score, share(0.7, 4), "head", *geometry, score > 0.9, False),
         "strided_score": (q, k, 16, 32, 4, 0.125, 20, True, 33, True, first, last),
         "window_mass": (q, store, *stored, 0.125, 16, 5.0, torch.randn(4), 5, "max", "sum", *real),
-        "window_score": (q, k, torch.tensor([[3, 5, 6, 69], [-1, 0, 9, 60]], dtype=torch.int32), 0.125, 20, True, 33, 5.0, first, last, 16),
+        "window_score": (q, k, torch.tensor([[3, 5, 6, 69], [-1, 0, 9, 60]], dtype=torch.int32), 0.125, 20, True, 33, 5.0, first, last,
+                         16),
         "block_sparse_attention": (q, k, v, counts, lists, 16, 16, 0.125, 20, True, 33, 5.0, first, last, torch.randn(4)),
     }[op]

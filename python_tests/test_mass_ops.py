@@ -156,7 +156,10 @@ def test_window_mass_is_as_accurate_as_torch(backend, case):
 
 @functools.cache
 def long_cases() -> list[tuple]:
-    """An op, its arguments and the truth: more keys than a tile and a chunk, more queries than are packed at a time, runs that end inside a panel."""
+    """An op, its arguments and the truth.
+
+    More keys than a tile and a chunk, more queries than are packed at a time, runs that end inside a panel.
+    """
     found = []
     for lengths, group, n_q, dim in (([[4500, 333]], 1, 320, 24), ([[700], [1003]], 6, 90, 64)):
         case = store(lengths, dim, torch.bfloat16, 0) | dict(

@@ -167,7 +167,8 @@ def long_windows() -> list[tuple]:
     found = []
     for heads, kv_heads, d, window, causal, block in (
         (6, 1, 24, 0, True, 1), (3, 3, 40, 300, True, 1), (4, 2, 64, 0, False, 1),
-        (6, 1, 24, 0, True, 128), (3, 3, 40, 300, True, 16), (1, 1, 32, 0, True, 512), (3, 1, 32, 0, True, 100), (4, 2, 64, 0, False, 64),
+        (6, 1, 24, 0, True, 128), (3, 3, 40, 300, True, 16), (1, 1, 32, 0, True, 512), (3, 1, 32, 0, True, 100),
+        (4, 2, 64, 0, False, 64),
     ):  # fmt: skip
         q, k = randn(1, heads, 900, d, torch.bfloat16, "tokens_first", 0), randn(1, kv_heads, 1003, d, torch.bfloat16, "plain", 1)
         rows = torch.tensor([[*range(5, 110), *range(560, 600), 899]], dtype=torch.int32)

@@ -69,10 +69,9 @@ class Worker {
         in_parts_(args.causal && part_ % kLanes == 0 && kTile % part_ == 0 && args.block % part_ == 0) {}
 
   void run(const Task& task) {
-    b_ = task.b, head0_ = task.head0;
+    b_ = task.b, head0_ = task.head0, heads_ = task.heads;
     span_ = span_of(b_, a_.q.size[2], n_k(), a_.q_start, a_.causal, a_.padding);
-    if (one_by_one()) tokens_.resize(2 * task.heads * n_k());
-    heads_ = task.heads;
+    if (one_by_one()) tokens_.resize(2 * heads_ * n_k());
     std::fill(columns(0), columns(heads_), 0.0f);
     std::fill(diagonals(0), diagonals(heads_), 0.0f);
     const int64_t kept = ceil_div(span_.n_k, kTile) * (in_parts_ ? 2 * kTile / part_ + 1 : kTile);  // of a row

@@ -9,7 +9,7 @@ from ..errors import require
 from . import native
 from .contract import require_blocks, require_heads, require_span
 from .registry import op
-from .spans import Span, spans
+from .spans import Span, by_block, spans
 from .triton import frame
 
 
@@ -46,13 +46,8 @@ def _row_alone(q: Tensor, k: Tensor, span: Span, block_q: int, block_k: int, str
     if window:
         hidden = hidden | (first_k + stride - 1 <= first_q[:, None] - window)
     mass = logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
-    mass = _sum_runs(_sum_runs(mass, block_k // stride).mT, block_q // stride).mT
+    mass = by_block(by_block(mass, block_k // stride).mT, block_q // stride).mT
     return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-
-
-def _sum_runs(x: Tensor, run: int) -> Tensor:
-    """Sum the last axis in runs of ``run``; the last run may be short."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % run)).unflatten(-1, (-1, run)).sum(-1)
 
 
 @op

@@ -68,6 +68,5 @@ def query_bounds(batch: int, n_q: int, n_k: int, q_start: int, causal: bool, fir
 
 
 def by_block(x: Tensor, block: int) -> Tensor:
-    """``[B, H, ceil(N / block)]``: sums of ``x`` ``[B, H, N]`` over blocks."""
-    short = -x.shape[-1] % block
-    return torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+    """``[..., ceil(N / block)]``: sums of ``x`` ``[..., N]`` over blocks, the last of which may be short."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)

@@ -39,8 +39,8 @@ def window_score(
             queries (-1) probe nothing.
         scale: softmax scale.
         q_start, causal, window, softcap, first, last: as in ``block_sparse_attention``.
-        block: how many consecutive keys, and distances, make one sum; 1 keeps them apart. Blocks of 16, 32, 64, 128 or a
-            multiple of 256 cost less than that.
+        block: how many consecutive keys, and distances, make one sum; 1 keeps them apart. Causal blocks of 16, 32, 64, 128 or
+            a multiple of 256 need less memory, and time, on CPUs; elsewhere they are summed afterwards.
 
     Returns:
         columns: float32 ``[B, H, ceil(Nk / block)]``, mass that each block of keys received, keys counted from the first real
